@@ -1,0 +1,7 @@
+//! Adapters: the config in PEFT's fields, one file per variant, and the record of what was injected.
+
+mod config;
+mod record;
+
+pub use config::{BoneConfig, InitWeights, TargetModules};
+pub use record::{AdapterRecord, CallRecord, HeadRecord, Injection, METADATA_KEY, Pool, TargetRecord, Trainable};

@@ -1,0 +1,128 @@
+//! What an injected file says of itself: one JSON value in the model's metadata, so that every later command needs
+//! the file alone.
+
+use serde::{Deserialize, Serialize};
+
+use super::BoneConfig;
+use crate::onnx::{Model, Scope};
+use crate::{Error, Result};
+
+/// Key of the record in `metadata_props` (ONNX IR: keys carry a reverse-DNS prefix).
+pub const METADATA_KEY: &str = "org.bone-onnx.injection";
+
+/// The record.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Injection {
+    /// Version of this record's form.
+    pub format: u32,
+    pub adapters: Vec<AdapterRecord>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<HeadRecord>,
+}
+
+/// One adapter and the layers it sits on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AdapterRecord {
+    pub name: String,
+    pub config: BoneConfig,
+    pub targets: Vec<TargetRecord>,
+}
+
+/// One adapted linear layer (all the nodes that call one module with one weight).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TargetRecord {
+    pub module: String,
+    /// The initializer that holds the block, `[r, out_features]`.
+    pub parameter: String,
+    pub in_features: usize,
+    pub out_features: usize,
+    pub calls: Vec<CallRecord>,
+}
+
+/// One node that computes an adapted layer, and what was added around it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CallRecord {
+    /// The graph the node is in, in terms of the base file.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub scope: Scope,
+    /// The node's output as the base file has it; the injected file gives it to the last added node.
+    pub output: String,
+    /// The name the base node's output goes by in the injected file.
+    pub base_output: String,
+    /// Names of the added nodes.
+    pub nodes: Vec<String>,
+    /// Names of the added constants (main graph).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub constants: Vec<String>,
+}
+
+/// How a sequence of token embeddings becomes one vector before the head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pool {
+    Mean,
+    Cls,
+    None,
+}
+
+/// A trainable linear layer appended to the model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HeadRecord {
+    /// The new output, `[…, labels]`.
+    pub name: String,
+    pub input: String,
+    pub labels: usize,
+    pub pool: Pool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask: Option<String>,
+    /// Initializers `[labels, features]` and `[labels]`.
+    pub weight: String,
+    pub bias: String,
+    pub nodes: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub constants: Vec<String>,
+}
+
+/// An initializer that training changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trainable {
+    pub name: String,
+    /// True for layers trained in full (a head), which take `--head-lr`.
+    pub full: bool,
+}
+
+impl Injection {
+    /// The record of an injected model; `None` for a plain one.
+    pub fn read(model: &Model) -> Result<Option<Self>> {
+        let Some(text) = model.metadata(METADATA_KEY) else { return Ok(None) };
+        let record: Self = serde_json::from_str(text).map_err(|e| {
+            Error::file(
+                &model.path,
+                format!("its metadata {METADATA_KEY} cannot be read ({e}); inject it again from the base"),
+            )
+        })?;
+        if record.format != 1 {
+            return Err(Error::file(
+                &model.path,
+                format!("it was injected by a newer bone-onnx (record format {}); update this one", record.format),
+            ));
+        }
+        Ok(Some(record))
+    }
+
+    /// As [`Injection::read`], but a plain model is an error that says what to do.
+    pub fn expect(model: &Model) -> Result<Self> {
+        Self::read(model)?.ok_or_else(|| {
+            Error::file(&model.path, "no adapter was injected into this model; run `bone-onnx inject` on it first")
+        })
+    }
+
+    /// All initializers that training changes, in the order they were injected.
+    pub fn trainable(&self) -> Vec<Trainable> {
+        let blocks =
+            self.adapters.iter().flat_map(|a| &a.targets).map(|t| Trainable { name: t.parameter.clone(), full: false });
+        let head =
+            self.head.iter().flat_map(|h| [&h.weight, &h.bias]).map(|n| Trainable { name: n.clone(), full: true });
+        blocks.chain(head).collect()
+    }
+}

@@ -1,0 +1,28 @@
+//! Fine-tune ONNX files without PyTorch: [`inject`](inject) Bone adapters, [`train`](train) them, [`fold`](fold) them back.
+//!
+//! Data flows one way, and each step reads and writes ordinary ONNX files:
+//!
+//! | room | what lives there |
+//! |---|---|
+//! | [`onnx`] | the file: schema, lossless read and streaming write, tensors, external data, shapes |
+//! | [`select`] | which nodes are linear layers, the module path of each, PEFT's matching rules |
+//! | [`adapter`] | the config, one file per variant: parameter shapes, init, subgraph, ΔW |
+//! | [`inject`], [`fold`], [`unload`] | graph surgery |
+//! | [`autodiff`] | reverse mode, ONNX → ONNX |
+//! | [`engine`] | ONNX Runtime and tract behind one trait |
+//! | [`train`] | loss graphs, data readers, optimizer, schedule, loop, metrics |
+//! | [`cli`] | one file per subcommand |
+
+pub mod adapter;
+pub mod autodiff;
+pub mod cli;
+pub mod engine;
+mod error;
+pub mod fold;
+pub mod inject;
+pub mod onnx;
+pub mod select;
+pub mod train;
+pub mod unload;
+
+pub use error::{Error, Result, did_you_mean};

@@ -1,0 +1,92 @@
+//! Files that appear whole under their final name or not at all: temp file in the same directory → fsync → rename →
+//! fsync of the directory. An existing file keeps its mode; a new one gets what the umask leaves.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use super::wire::{Rope, RopeError};
+use crate::{Error, Result};
+
+/// Writes `rope` to `path`. `origin` is the file (and its map) that the rope's slices come from.
+pub fn write_atomic(path: &Path, rope: Rope, origin: Option<(&File, &bytes::Bytes)>) -> Result<()> {
+    replace(path, |file| rope.write_to(file, origin))
+}
+
+/// Opens a temp file beside `path`, lets `fill` write it, and moves it to `path` once it is safe on disk.
+pub(crate) fn replace(path: &Path, fill: impl FnOnce(&mut File) -> Result<(), RopeError>) -> Result<()> {
+    let dir = parent(path);
+    if path.is_dir() {
+        return Err(Error::config(format!("{}: this is a directory; name a file", path.display())));
+    }
+    // Where the name is a symbolic link, the file it points to is what gets replaced.
+    let target: PathBuf = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+    let dir = if target.is_absolute() { parent(&target) } else { dir };
+    let mut temp = tempfile::Builder::new()
+        .prefix(".bone-onnx-")
+        .permissions(mode_for(&target))
+        .tempfile_in(&dir)
+        .map_err(Error::io("create a temporary file in", &dir))?;
+    match fill(temp.as_file_mut()) {
+        Ok(()) => {}
+        Err(RopeError::Io(e)) => return Err(Error::io("write", path)(e)),
+        Err(RopeError::Made(e)) => return Err(e),
+    }
+    if let Ok(old) = fs::metadata(&target) {
+        temp.as_file().set_permissions(old.permissions()).map_err(Error::io("set the mode of", path))?;
+    }
+    temp.as_file().sync_all().map_err(Error::io("write", path))?;
+    temp.persist(&target).map_err(|e| Error::io("write", path)(e.error))?;
+    sync_dir(&dir)
+}
+
+/// Fills a new directory under a temporary name and moves it to `path`, which must not exist or be a directory that
+/// an earlier call wrote (it is replaced).
+pub fn write_dir_atomic(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let dir = parent(path);
+    let temp = tempfile::Builder::new()
+        .prefix(".bone-onnx-")
+        .tempdir_in(&dir)
+        .map_err(Error::io("create a temporary directory in", &dir))?;
+    fill(temp.path())?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = fs::Permissions::from_mode(0o777 & !umask());
+        fs::set_permissions(temp.path(), mode).map_err(Error::io("set the mode of", path))?;
+    }
+    if path.exists() {
+        fs::remove_dir_all(path).map_err(Error::io("replace", path))?;
+    }
+    let temp = temp.keep();
+    fs::rename(&temp, path).map_err(Error::io("write", path))?;
+    sync_dir(&dir)
+}
+
+fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p.to_path_buf(),
+        _ => PathBuf::from("."),
+    }
+}
+
+fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("sync", dir))
+}
+
+#[cfg(unix)]
+fn mode_for(_target: &Path) -> fs::Permissions {
+    use std::os::unix::fs::PermissionsExt;
+    // The kernel takes the umask off this.
+    fs::Permissions::from_mode(0o666)
+}
+
+/// The process's umask, read from /proc where there is one (reading it through `umask(2)` would set it).
+#[cfg(unix)]
+fn umask() -> u32 {
+    fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|s| {
+            s.lines().find_map(|l| l.strip_prefix("Umask:").and_then(|v| u32::from_str_radix(v.trim(), 8).ok()))
+        })
+        .unwrap_or(0o022)
+}

@@ -1,0 +1,28 @@
+//! The file: the official schema, lossless zero-copy read, streaming write, tensors, external data, shapes.
+//!
+//! [`Model`] is what was read (decoded over a memory map, weights never copied); [`Patch`] is what a rewrite changes
+//! in it; [`Model::patched`] gives the new file as a [`Rope`] of slices of the old one. What no patch names comes out
+//! byte for byte, unknown fields included.
+
+mod atomic;
+mod build;
+mod external;
+mod model;
+mod names;
+mod patch;
+pub mod proto;
+pub mod shape;
+mod tensor;
+pub mod upgrade;
+pub mod wire;
+
+pub use atomic::{write_atomic, write_dir_atomic};
+pub use build::{constant_i64, node, value_info};
+pub use external::ExternalData;
+pub use model::{Model, walk_graphs};
+pub use names::Names;
+pub use patch::{GraphPatch, NewTensor, Patch, Scope};
+pub use proto::tensor_proto::DataType;
+pub use proto::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
+pub use tensor::{Element, Tensor, data_type_name};
+pub use wire::Rope;
