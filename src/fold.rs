@@ -1,7 +1,7 @@
 //! Injected → merged: each adapted weight takes its blocks in, the side branches go, and what remains is a plain ONNX
 //! model of the base's shape. Weights are made one at a time, while the file is written.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,10 +12,10 @@ use serde::Serialize;
 use crate::adapter::{AdapterRecord, Injection, bone};
 use crate::onnx::external::{self, Place};
 use crate::onnx::{
-    AttributeProto, Model, Names, NewPlace, NewTensor, NewValue, NodeProto, Patch, Rope, Scope, Tensor, TensorProto, Use,
-    Uses, copy_external, wire, write_atomic,
+    AttributeProto, Model, Names, NewPlace, NewTensor, NewValue, NodeProto, Patch, Rope, Scope, Tensor, TensorProto,
+    copy_external, wire, write_atomic,
 };
-use crate::select::{self, Linear, WeightSource};
+use crate::select::{self, Linear, Source};
 use crate::unload::strip;
 use crate::{Error, Result, did_you_mean};
 
@@ -69,12 +69,14 @@ pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> 
     let record = Injection::expect(model)?;
     let adapters = chosen(&record, options)?;
     let mut patch = strip(model, &record, true)?;
-    let linears = select::linears(model)?;
+    let linears = select::linears(model);
     let layers = layers(model, &adapters, &linears)?;
 
-    let uses = Uses::of(model.graph());
-    let ours: HashSet<(&Scope, usize)> =
-        layers.iter().flat_map(|l| &l.calls).map(|linear| (&linear.scope, linear.node)).collect();
+    // How many of a stored weight's readers are adapted.
+    let mut ours: HashMap<&Source, usize> = HashMap::new();
+    for linear in layers.iter().flat_map(|l| &l.calls) {
+        *ours.entry(&linear.weight.source).or_default() += 1;
+    }
     let mut names = Names::of(&model.proto);
     let mut summary = FoldSummary {
         adapters: adapters.iter().map(|a| a.name.clone()).collect(),
@@ -85,14 +87,16 @@ pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> 
     merge.location = data_location(model, out);
 
     // Weights whose every reader is adapted can change in place, once: for the first module that reads them.
-    let mut taken: BTreeMap<&str, ()> = BTreeMap::new();
+    let mut taken: HashSet<&Source> = HashSet::new();
     for layer in &layers {
         let first = layer.calls[0];
-        let root = first.weight.name.as_str();
-        let readers = readers(model, &uses, root);
-        let alone = readers.as_ref().is_some_and(|r| r.iter().all(|u| ours.contains(&(&u.scope, u.node))))
-            && layer.calls.iter().all(|c| c.stored_out_in() == first.stored_out_in() && c.alpha == first.alpha);
-        if alone && taken.insert(root, ()).is_none() {
+        let root = &first.weight.source;
+        let alone = ours.get(root) == Some(&first.weight.uses)
+            && layer
+                .calls
+                .iter()
+                .all(|c| c.is_stored_out_in() == first.is_stored_out_in() && c.alpha == first.alpha);
+        if alone && taken.insert(root) {
             merge.in_place(layer)?;
             summary.merged.push(layer.module.to_string());
         } else {
@@ -191,7 +195,7 @@ fn layers<'a>(model: &Model, adapters: &[&'a AdapterRecord], linears: &'a [Linea
                 .iter()
                 .filter(|l| {
                     let node = model.graph_at(&l.scope).and_then(|g| g.node.get(l.node));
-                    node.and_then(|n| n.output_at(0)).is_some_and(|o| base_outputs.iter().any(|b| b == o))
+                    node.and_then(|n| n.output_at(0)).is_some_and(|o| base_outputs.contains(&o))
                 })
                 .collect();
             if calls.len() != target.calls.len() {
@@ -220,24 +224,6 @@ fn chain_starts<'a>(adapters: &[&'a AdapterRecord], outputs: impl Iterator<Item 
         .collect()
 }
 
-/// The nodes that in the end read the tensor `name`, through nodes that only re-arrange a constant; `None` where the
-/// tensor itself leaves the graph as an output.
-fn readers(model: &Model, uses: &Uses, name: &str) -> Option<Vec<Use>> {
-    if uses.is_output(name) {
-        return None;
-    }
-    let mut readers = Vec::new();
-    for place in uses.of_value(name) {
-        let node = model.graph_at(&place.scope)?.node.get(place.node)?;
-        let passes = ["Identity", "Transpose"].iter().any(|op| node.is(op));
-        match node.output_at(0).filter(|_| passes) {
-            Some(output) => readers.extend(self::readers(model, uses, output)?),
-            None => readers.push(place.clone()),
-        }
-    }
-    Some(readers)
-}
-
 /// The merged weights on their way into the patch.
 struct Merge<'a> {
     model: &'a Model,
@@ -253,17 +239,17 @@ impl Merge<'_> {
     fn in_place(&mut self, layer: &Layer) -> Result<()> {
         let linear = layer.calls[0];
         match &linear.weight.source {
-            WeightSource::Initializer { scope, index } => {
+            Source::Initializer { scope, index } => {
                 let tensor = &self.graph(scope)?.initializer[*index];
-                let value = self.value(layer, tensor, linear.stored_out_in())?;
+                let value = self.value(layer, tensor, linear.is_stored_out_in())?;
                 let place = if external::is_external(tensor) { self.external(value)? } else { NewPlace::Inline(value) };
                 self.patch.graph(scope).replace_values.insert(*index, place);
             }
-            WeightSource::Constant { scope, node } => {
+            Source::ConstantNode { scope, node } => {
                 let mut constant: NodeProto = self.graph(scope)?.node[*node].clone();
                 let tensor = constant.attribute.iter_mut().find_map(|a: &mut AttributeProto| a.t.as_mut());
                 let tensor = tensor.ok_or_else(|| Error::model("a Constant node lost its tensor"))?;
-                let value = self.value(layer, tensor, linear.stored_out_in())?;
+                let value = self.value(layer, tensor, linear.is_stored_out_in())?;
                 tensor.raw_data = Some((value.make)()?);
                 tensor.float_data.clear();
                 let bytes = prost::Message::encode_to_vec(&constant);
@@ -300,20 +286,20 @@ impl Merge<'_> {
 
     fn add_copy(&mut self, layer: &Layer, linear: &Linear, name: &str) -> Result<()> {
         let tensor = match &linear.weight.source {
-            WeightSource::Initializer { scope, index } => self.graph(scope)?.initializer[*index].clone(),
-            WeightSource::Constant { scope, node } => {
+            Source::Initializer { scope, index } => self.graph(scope)?.initializer[*index].clone(),
+            Source::ConstantNode { scope, node } => {
                 let constant = &self.graph(scope)?.node[*node];
                 let tensor = constant.attribute.iter().find_map(|a| a.t.clone());
                 tensor.ok_or_else(|| Error::model("a Constant node lost its tensor"))?
             }
         };
-        let mut value = self.value(layer, &tensor, linear.stored_out_in())?;
-        let (rows, columns) = if linear.stored_out_in() {
+        let mut value = self.value(layer, &tensor, linear.is_stored_out_in())?;
+        let (rows, columns) = if linear.is_stored_out_in() {
             (linear.out_features, linear.in_features)
         } else {
             (linear.in_features, linear.out_features)
         };
-        let dims = if linear.stored_out_in() == linear.trans_b {
+        let dims = if linear.is_stored_out_in() == linear.trans_b {
             [rows, columns]
         } else {
             let make = value.make;

@@ -56,7 +56,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     let model = Model::open(&args.model)?;
     let record = Injection::read(&model)?;
     let added: Vec<&str> = record.iter().flat_map(Injection::added_nodes).collect();
-    let mut linears = select::linears(&model)?;
+    let mut linears = select::linears(&model);
     linears.retain(|l| !added.contains(&l.node_name.as_str()));
     let graph = model.graph();
     let report = Report {

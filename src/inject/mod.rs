@@ -107,19 +107,19 @@ pub fn inject(model: &Model, options: &InjectOptions) -> Result<Injected> {
 
     if config.target_modules.is_some() {
         let added: HashSet<&str> = record.added_nodes().collect();
-        let mut linears = select::linears(model)?;
+        let mut linears = select::linears(model);
         linears.retain(|l| !added.contains(l.node_name.as_str()));
         let selection = select::select(&linears, config)?;
         summary.warnings = selection.warnings;
         summary.left_out =
-            selection.left_out.into_iter().map(|(i, reason)| LeftOut { module: linears[i].path(), reason }).collect();
+            selection.left_out.into_iter().map(|(i, reason)| LeftOut { module: linears[i].path.clone(), reason }).collect();
         let chosen: Vec<&Linear> = selection.chosen.iter().map(|i| &linears[*i]).collect();
         let adapter = adapt(model, options, &chosen, &mut names, &mut patch, &mut rng)?;
         for target in &adapter.targets {
             summary.trainable_parameters += config.r * target.out_features;
             summary.targets.push(InjectedLayer {
                 module: target.module.clone(),
-                nodes: chosen.iter().filter(|l| l.path() == target.module).map(|l| l.node_name.clone()).collect(),
+                nodes: chosen.iter().filter(|l| l.path == target.module).map(|l| l.node_name.clone()).collect(),
                 parameter: target.parameter.clone(),
                 r: config.r,
                 in_features: target.in_features,
@@ -236,13 +236,13 @@ fn by_module<'a>(chosen: &[&'a Linear]) -> Vec<(String, Vec<&'a Linear>)> {
     for linear in chosen {
         let same = |group: &&mut (String, Vec<&Linear>)| {
             let first = group.1[0];
-            group.0 == linear.path()
-                && first.weight.name == linear.weight.name
+            group.0 == linear.path
+                && first.weight.source == linear.weight.source
                 && (first.in_features, first.out_features) == (linear.in_features, linear.out_features)
         };
         match groups.iter_mut().find(same) {
             Some(group) => group.1.push(linear),
-            None => groups.push((linear.path(), vec![linear])),
+            None => groups.push((linear.path.clone(), vec![linear])),
         }
     }
     groups

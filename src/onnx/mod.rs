@@ -14,7 +14,6 @@ pub mod proto;
 pub mod shape;
 mod tensor;
 pub mod upgrade;
-mod uses;
 pub mod wire;
 
 pub use atomic::{write_atomic, write_dir_atomic};
@@ -26,5 +25,4 @@ pub use patch::{GraphPatch, NewPlace, NewTensor, NewValue, Patch, Scope};
 pub use proto::tensor_proto::DataType;
 pub use proto::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 pub use tensor::{Element, Tensor, data_type_name};
-pub use uses::{Use, Uses};
 pub use wire::Rope;
