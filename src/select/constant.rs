@@ -6,7 +6,7 @@ use crate::onnx::proto::tensor_proto::DataType;
 use crate::onnx::{NodeProto, Scope, TensorProto};
 
 /// Where the stored matrix stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Source {
     /// An initializer of the graph at `scope`.
     Initializer { scope: Scope, index: usize },
