@@ -15,7 +15,7 @@
 
 pub mod adapter;
 pub mod autodiff;
-//pub mod cli;
+pub mod cli;
 pub mod engine;
 mod error;
 pub mod fold;

@@ -99,7 +99,11 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
 
 fn print(summary: &InjectSummary, p: &Printer) {
     let rows = summary.targets.iter().map(|t| {
-        vec![t.module.clone(), format!("{} → {}", t.in_features, t.out_features), format!("[{}, {}]", t.r, t.out_features)]
+        vec![
+            t.module.clone(),
+            format!("{} → {}", t.in_features, t.out_features),
+            format!("[{}, {}]", t.r, t.out_features),
+        ]
     });
     if !summary.targets.is_empty() {
         p.table(&["module", "in → out", "block"], rows.collect());
@@ -109,7 +113,10 @@ fn print(summary: &InjectSummary, p: &Printer) {
         p.line(&format!("left out {}: {}", left.module, left.reason));
     }
     if let Some(head) = &summary.head {
-        p.line(&format!("head {}: {} labels on {} ({:?} pooling)", head.name, head.labels, head.input, head.pool).to_lowercase());
+        p.line(
+            &format!("head {}: {} labels on {} ({:?} pooling)", head.name, head.labels, head.input, head.pool)
+                .to_lowercase(),
+        );
     }
     p.line(&format!("{} layers adapted, {} trainable parameters", summary.targets.len(), summary.trainable_parameters));
 }
@@ -137,7 +144,12 @@ impl Args {
         }
         config.layers_to_transform = self.layers_to_transform.clone().or(config.layers_to_transform);
         config.layers_pattern = self.layers_pattern.clone().or(config.layers_pattern);
-        Ok(InjectOptions { adapter_name: self.adapter_name.clone(), config, head: self.head_options()?, seed: self.seed })
+        Ok(InjectOptions {
+            adapter_name: self.adapter_name.clone(),
+            config,
+            head: self.head_options()?,
+            seed: self.seed,
+        })
     }
 
     fn head_options(&self) -> Result<Option<HeadOptions>> {

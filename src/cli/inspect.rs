@@ -9,8 +9,8 @@ use super::printer::Printer;
 use crate::Result;
 use crate::adapter::Injection;
 use crate::onnx::proto::{tensor_shape_proto::dimension::Value as DimValue, type_proto};
-use crate::onnx::{DataType, Model, ValueInfoProto, data_type_name};
-use crate::select;
+use crate::onnx::{DataType, Model, Scope, ValueInfoProto, data_type_name};
+use crate::select::{self, NameRule};
 
 /// Show a model's linear layers, adapters, inputs and outputs
 #[derive(clap::Args)]
@@ -39,7 +39,7 @@ struct Layer {
     out_features: usize,
     dtype: &'static str,
     /// Which rule found the module path.
-    named_by: String,
+    named_by: NameRule,
     /// Why the layer cannot be adapted, where it cannot.
     #[serde(skip_serializing_if = "Option::is_none")]
     not_adaptable: Option<String>,
@@ -64,19 +64,24 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
             .into_iter()
             .map(|l| Layer {
                 module: l.module.clone(),
-                graph: select::graph_path(&model, &l.scope),
+                graph: graph_path(&model, &l.scope),
                 node: l.node_name,
                 op: l.op,
                 weight: l.weight.name,
                 in_features: l.in_features,
                 out_features: l.out_features,
                 dtype: data_type_name(l.data_type),
-                named_by: l.rule.to_string(),
+                named_by: l.rule,
                 not_adaptable: l.adaptable.err(),
             })
             .collect(),
         adapters: record.iter().flat_map(adapters).collect(),
-        inputs: graph.input.iter().filter(|i| !graph.initializer.iter().any(|t| t.name() == i.name())).map(port).collect(),
+        inputs: graph
+            .input
+            .iter()
+            .filter(|i| !graph.initializer.iter().any(|t| t.name() == i.name()))
+            .map(port)
+            .collect(),
         outputs: graph.output.iter().map(port).collect(),
         opset: model
             .proto
@@ -87,6 +92,20 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     };
     printer.result(&report, |p| print(&report, p));
     Ok(())
+}
+
+/// `main`, or the way down: node and attribute at each level.
+fn graph_path(model: &Model, scope: &Scope) -> String {
+    let mut path = String::from("main");
+    let mut graph = Some(model.graph());
+    for (node, attribute) in scope {
+        let inner = graph.and_then(|g| g.node.get(*node)).map(|n| (n, n.attribute.get(*attribute)));
+        if let Some((node, Some(attribute))) = inner {
+            path = format!("{path}/{}.{}", node.name(), attribute.name());
+            graph = attribute.g.as_ref();
+        }
+    }
+    path
 }
 
 fn print(report: &Report, p: &Printer) {

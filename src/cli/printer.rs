@@ -55,7 +55,7 @@ impl Printer {
 
     pub fn table(&self, header: &[&str], rows: Vec<Vec<String>>) {
         let mut table = Table::new();
-        table.load_preset(presets::NOTHING).set_header(header);
+        table.load_style(presets::NOTHING).set_header(header);
         table.add_rows(rows);
         for line in table.lines() {
             self.line(line.trim_end());

@@ -4,7 +4,8 @@
 //! guesses.
 
 /// Which clue gave the path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum NameRule {
     /// `pkg.torch.onnx.name_scopes` of the node, or of the bias Add after it.
     Metadata,
