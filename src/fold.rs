@@ -2,6 +2,7 @@
 //! model of the base's shape. Weights are made one at a time, while the file is written.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,8 +13,8 @@ use serde::Serialize;
 use crate::adapter::{AdapterRecord, Injection, bone};
 use crate::onnx::external::{self, Place};
 use crate::onnx::{
-    AttributeProto, Model, Names, NewPlace, NewTensor, NewValue, NodeProto, Patch, Rope, Scope, Tensor, TensorProto,
-    copy_external, wire, write_atomic,
+    AttributeProto, Due, Model, Names, NewPlace, NewTensor, NodeProto, Patch, Rope, RopeError, Scope, Tensor,
+    TensorProto, copy_external, wire, write_atomic,
 };
 use crate::select::{self, Linear, Source};
 use crate::unload::strip;
@@ -32,7 +33,7 @@ pub struct FoldOptions {
 pub struct Folded {
     patch: Patch,
     /// Weights of the external file that the merged model gets, if it gets one.
-    external: Vec<NewValue>,
+    external: Vec<Due>,
     pub summary: FoldSummary,
 }
 
@@ -63,6 +64,9 @@ struct Block {
 
 /// External weights of the merged model start at multiples of this (ONNX `docs/ExternalData.md`).
 const ALIGNMENT: u64 = 4096;
+
+/// Elements that are merged at a time: they stay in the processor's cache from the map to the file.
+const CHUNK: usize = 1 << 16;
 
 /// Plans the fold. Blocks are read, weights are not.
 pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> {
@@ -117,7 +121,7 @@ impl Folded {
             let mut data = Rope::default();
             for value in self.external {
                 data.push(vec![0; (aligned(data.len() as u64) - data.len() as u64) as usize]);
-                data.push_due(value.len, value.make);
+                data.push_due(value);
             }
             write_atomic(&out.with_file_name(location), data, None)?;
         }
@@ -230,7 +234,7 @@ struct Merge<'a> {
     model: &'a Model,
     safe: bool,
     patch: &'a mut Patch,
-    external: Vec<NewValue>,
+    external: Vec<Due>,
     location: Option<String>,
     end: u64,
 }
@@ -242,7 +246,7 @@ impl Merge<'_> {
         match &linear.weight.source {
             Source::Initializer { scope, index } => {
                 let tensor = &self.graph(scope)?.initializer[*index];
-                let value = self.value(layer, tensor, linear.is_stored_out_in())?;
+                let value = self.value(layer, tensor)?;
                 let place = if external::is_external(tensor) { self.external(value)? } else { NewPlace::Inline(value) };
                 self.patch.graph(scope).replace_values.insert(*index, place);
             }
@@ -250,8 +254,10 @@ impl Merge<'_> {
                 let mut constant: NodeProto = self.graph(scope)?.node[*node].clone();
                 let tensor = constant.attribute.iter_mut().find_map(|a: &mut AttributeProto| a.t.as_mut());
                 let tensor = tensor.ok_or_else(|| Error::model("a Constant node lost its tensor"))?;
-                let value = self.value(layer, tensor, linear.is_stored_out_in())?;
-                tensor.raw_data = Some((value.make)()?);
+                let value = self.value(layer, tensor)?;
+                let mut bytes = Vec::with_capacity(value.len);
+                (value.write)(&mut bytes).map_err(|e| e.at(&self.model.path))?;
+                tensor.raw_data = Some(bytes.into());
                 tensor.float_data.clear();
                 let bytes = prost::Message::encode_to_vec(&constant);
                 self.patch.graph(scope).replace_nodes.insert(*node, bytes.into());
@@ -294,7 +300,7 @@ impl Merge<'_> {
                 tensor.ok_or_else(|| Error::model("a Constant node lost its tensor"))?
             }
         };
-        let mut value = self.value(layer, &tensor, linear.is_stored_out_in())?;
+        let mut value = self.value(layer, &tensor)?;
         let (rows, columns) = if linear.is_stored_out_in() {
             (linear.out_features, linear.in_features)
         } else {
@@ -303,8 +309,12 @@ impl Merge<'_> {
         let dims = if linear.is_stored_out_in() == linear.trans_b {
             [rows, columns]
         } else {
-            let make = value.make;
-            value.make = Box::new(move || Ok(transposed(&make()?, rows, columns).into()));
+            let write = value.write;
+            value.write = Box::new(move |out: &mut dyn Write| {
+                let mut bytes = Vec::new();
+                write(&mut bytes)?;
+                Ok(out.write_all(&transposed(&bytes, rows, columns))?)
+            });
             [columns, rows]
         };
         let mut header = TensorProto {
@@ -331,31 +341,46 @@ impl Merge<'_> {
         self.model.graph_at(scope).ok_or_else(|| Error::model("a subgraph is gone"))
     }
 
-    /// The merged value of `tensor`, to be made when it is written.
-    fn value(&self, layer: &Layer, tensor: &TensorProto, stored_out_in: bool) -> Result<NewValue> {
+    /// The merged value of `tensor`, to be made when it is written, a few rows at a time.
+    fn value(&self, layer: &Layer, tensor: &TensorProto) -> Result<Due> {
+        let linear = layer.calls[0];
+        let stored_out_in = linear.is_stored_out_in();
+        let row_len = if stored_out_in { linear.in_features } else { linear.out_features };
         let weight: Bytes = self.model.tensor_bytes(tensor)?;
-        let blocks = layer.blocks.clone();
-        let (alpha, safe, module) = (layer.calls[0].alpha, self.safe, layer.module.to_string());
-        let make = move || {
-            let mut values = vec![0f32; weight.len() / size_of::<f32>()];
-            bytemuck::cast_slice_mut(&mut values).copy_from_slice(&weight);
-            for block in &blocks {
-                bone::merge(&mut values, stored_out_in, block.values.view(), alpha);
-                if safe && let Some(at) = values.iter().position(|v| !v.is_finite()) {
-                    return Err(Error::Check(format!(
-                        "module {module}: merging adapter {} gives {} at element {at} of the weight; the adapter seems \
-                         to be broken, nothing was written",
-                        block.adapter, values[at]
-                    )));
+        let len = weight.len();
+        let mergers: Vec<(String, bone::Merger)> = layer
+            .blocks
+            .iter()
+            .map(|b| (b.adapter.clone(), bone::Merger::new(b.values.view(), stored_out_in, linear.alpha)))
+            .collect();
+        let (safe, module) = (self.safe, layer.module.to_string());
+        let write = move |out: &mut dyn Write| -> Result<(), RopeError> {
+            let rows = (CHUNK / row_len.max(1)).max(1);
+            let mut values = vec![0f32; rows * row_len];
+            for (chunk, bytes) in weight.chunks(rows * row_len * size_of::<f32>()).enumerate() {
+                let values = &mut values[..bytes.len() / size_of::<f32>()];
+                bytemuck::cast_slice_mut(values).copy_from_slice(bytes);
+                for (adapter, merger) in &mergers {
+                    merger.merge(values, row_len, chunk * rows);
+                    if safe && let Some(at) = values.iter().position(|v| !v.is_finite()) {
+                        return Err(Error::Check(format!(
+                            "module {module}: merging adapter {adapter} gives {} at element {} of the weight; the \
+                             adapter seems to be broken, nothing was written",
+                            values[at],
+                            chunk * rows * row_len + at
+                        ))
+                        .into());
+                    }
                 }
+                out.write_all(bytemuck::cast_slice(values))?;
             }
-            Ok(Bytes::from_owner(Floats(values)))
+            Ok(())
         };
-        Ok(NewValue { len: tensor_len(tensor), make: Box::new(make) })
+        Ok(Due { len, write: Box::new(write) })
     }
 
     /// Puts `value` into the merged model's external file.
-    fn external(&mut self, value: NewValue) -> Result<NewPlace> {
+    fn external(&mut self, value: Due) -> Result<NewPlace> {
         let location = self.location.clone().ok_or_else(|| Error::config("the output path names no file"))?;
         let offset = aligned(self.end);
         self.end = offset + value.len as u64;
@@ -363,19 +388,6 @@ impl Merge<'_> {
         self.external.push(value);
         Ok(NewPlace::External(place))
     }
-}
-
-/// Floats that are written as the bytes they are, without a second copy.
-struct Floats(Vec<f32>);
-
-impl AsRef<[u8]> for Floats {
-    fn as_ref(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
-    }
-}
-
-fn tensor_len(tensor: &TensorProto) -> usize {
-    tensor.dims.iter().map(|d| usize::try_from(*d).unwrap_or(0)).product::<usize>() * size_of::<f32>()
 }
 
 /// A row-major f32 matrix of `rows` × `columns`, turned.

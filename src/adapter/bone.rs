@@ -67,34 +67,39 @@ pub fn branch(branch: &Branch, names: &mut Names) -> Vec<NodeProto> {
     nodes
 }
 
-/// Adds the block to a weight in place: `weight[i, o] += block[i mod r, o] / alpha` for a weight stored `[in, out]`,
-/// the transpose of that for one stored `[out, in]`. One addition an element, so that f32 equals PEFT's bit for bit.
-pub fn merge(weight: &mut [f32], stored_out_in: bool, block: ArrayView2<f32>, alpha: f32) {
-    let (r, out) = block.dim();
-    if r == 0 || out == 0 {
-        return;
+/// A block made ready to be added to a weight as it is stored.
+pub struct Merger {
+    /// `[r, out]` for a weight stored `[in, out]`, `[out, r]` for one stored `[out, in]`; divided by alpha.
+    block: Array2<f32>,
+    stored_out_in: bool,
+    out_features: usize,
+}
+
+impl Merger {
+    /// `alpha` is the factor that the node puts on the product (Gemm); the block is added outside of it.
+    pub fn new(block: ArrayView2<f32>, stored_out_in: bool, alpha: f32) -> Self {
+        let out_features = block.ncols();
+        let block = if stored_out_in { block.t() } else { block };
+        // x / 1 is x, bit for bit.
+        Self { block: block.map(|b| b / alpha), stored_out_in, out_features }
     }
-    let scaled;
-    let block = if alpha == 1.0 {
-        block
-    } else {
-        scaled = &block / alpha;
-        scaled.view()
-    };
-    if stored_out_in {
-        // Each row of the weight is one output; its column of the block repeats along the row.
-        let columns = block.t().as_standard_layout().into_owned();
-        let width = weight.len() / out;
-        for (row, column) in weight.chunks_exact_mut(width.max(1)).zip(columns.rows()) {
-            let column = column.to_slice().unwrap_or_default();
-            for shard in row.chunks_mut(r) {
-                shard.iter_mut().zip(column).for_each(|(w, b)| *w += b);
-            }
+
+    /// Adds the block to whole rows of the stored weight, the first of which is row `first`:
+    /// `W[i, o] += B[i mod r, o] / alpha`, or the transpose of that. One addition an element, so that f32 equals
+    /// PEFT's bit for bit.
+    pub fn merge(&self, rows: &mut [f32], row_len: usize, first: usize) {
+        let r = if self.stored_out_in { self.block.ncols() } else { self.block.nrows() };
+        if r == 0 || row_len == 0 || self.out_features == 0 {
+            return;
         }
-    } else {
-        let rows = block.as_standard_layout();
-        for (i, row) in weight.chunks_exact_mut(out).enumerate() {
-            row.iter_mut().zip(rows.row(i % r)).for_each(|(w, b)| *w += b);
+        for (k, row) in rows.chunks_exact_mut(row_len).enumerate() {
+            let at = first + k;
+            let line = self.block.row(if self.stored_out_in { at } else { at % r });
+            let line = line.to_slice().unwrap_or_default();
+            // A row of [out, in] takes its line of the block again and again, one of [in, out] just once.
+            for shard in row.chunks_mut(line.len().max(1)) {
+                shard.iter_mut().zip(line).for_each(|(w, b)| *w += b);
+            }
         }
     }
 }
@@ -113,18 +118,21 @@ mod tests {
         let expected = Array2::from_shape_fn((out, inp), |(o, i)| w[[o, i]] + b[[i % r, o]] / 2.0);
 
         let mut torch = w.clone();
-        merge(torch.as_slice_mut().unwrap(), true, b.view(), 2.0);
+        Merger::new(b.view(), true, 2.0).merge(torch.as_slice_mut().unwrap(), inp, 0);
         assert_eq!(torch, expected);
 
         let mut matmul = w.t().as_standard_layout().into_owned();
-        merge(matmul.as_slice_mut().unwrap(), false, b.view(), 2.0);
+        let merger = Merger::new(b.view(), false, 2.0);
+        let (head, tail) = matmul.as_slice_mut().unwrap().split_at_mut(4 * out);
+        merger.merge(head, out, 0);
+        merger.merge(tail, out, 4);
         assert_eq!(matmul.t(), expected);
     }
 
     #[test]
     fn a_block_taller_than_the_layer_uses_its_first_rows() {
         let mut w = vec![0.0; 4];
-        merge(&mut w, false, Array2::from_shape_fn((5, 2), |(j, o)| (j * 2 + o) as f32).view(), 1.0);
+        Merger::new(Array2::from_shape_fn((5, 2), |(j, o)| (j * 2 + o) as f32).view(), false, 1.0).merge(&mut w, 2, 0);
         assert_eq!(w, [0.0, 1.0, 2.0, 3.0]);
     }
 }

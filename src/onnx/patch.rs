@@ -8,7 +8,7 @@ use prost::Message;
 
 use super::external::Place;
 use super::proto::StringStringEntryProto;
-use super::wire::{self, Record, Rope};
+use super::wire::{self, Due, Record, Rope};
 use super::{NodeProto, TensorProto, ValueInfoProto};
 use crate::Result;
 
@@ -56,16 +56,10 @@ pub struct GraphPatch {
     pub add_outputs: Vec<ValueInfoProto>,
 }
 
-/// Raw little-endian bytes that are made when they are written.
-pub struct NewValue {
-    pub len: usize,
-    pub make: Box<dyn FnOnce() -> Result<Bytes> + Send>,
-}
-
 /// Where an initializer's new value stands.
 pub enum NewPlace {
     /// In the model itself, as raw data.
-    Inline(NewValue),
+    Inline(Due),
     /// In an external file (which the caller writes).
     External(Place),
 }
@@ -74,7 +68,7 @@ pub enum NewPlace {
 pub struct NewTensor {
     pub header: TensorProto,
     /// `None` where the header already says where the value is.
-    pub value: Option<NewValue>,
+    pub value: Option<Due>,
 }
 
 impl From<TensorProto> for NewTensor {
@@ -95,9 +89,9 @@ impl NewTensor {
     }
 }
 
-fn push_raw_data(rope: &mut Rope, value: NewValue) {
+fn push_raw_data(rope: &mut Rope, value: Due) {
     rope.push(wire::header(TENSOR_RAW_DATA, value.len));
-    rope.push_due(value.len, value.make);
+    rope.push_due(value);
 }
 
 impl Patch {
