@@ -1,6 +1,6 @@
 //! Which layers of a model a config means: PEFT's rules, and what they leave open for a file without module objects.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::matching::{Matcher, Verdict, Version, is_suffix};
 use super::{Linear, NameRule};
@@ -267,13 +267,14 @@ fn warn(linears: &[Linear], config: &BoneConfig, selection: &mut Selection) {
 
 /// A sentence for each stored matrix that others than the calls of one chosen layer use.
 fn shared_weights(linears: &[Linear], chosen: &[usize]) -> Vec<String> {
-    let mut seen = HashSet::new();
+    let mut users_of: HashMap<_, Vec<&Linear>> = HashMap::new();
+    for linear in linears {
+        users_of.entry(&linear.weight.source).or_default().push(linear);
+    }
     let mut warnings = Vec::new();
     for linear in chosen.iter().filter_map(|i| linears.get(*i)) {
-        if linear.weight.uses < 2 || !seen.insert(&linear.weight.source) {
-            continue;
-        }
-        let users: Vec<&Linear> = linears.iter().filter(|l| l.weight.source == linear.weight.source).collect();
+        // Taken out: a sentence once.
+        let Some(users) = users_of.remove(&linear.weight.source) else { continue };
         let mut paths: Vec<&str> = users.iter().map(|l| l.path.as_str()).collect();
         paths.sort_unstable();
         paths.dedup();
