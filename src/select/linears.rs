@@ -223,8 +223,9 @@ fn adaptable(
     if weight.dims.len() != 2 {
         return Err(format!("its weight {} has shape {:?}, and only matrices are adapted", weight.root.1, weight.dims));
     }
-    if weight.dims.contains(&0) {
-        return Err(format!("its weight {} has shape {:?}: it is empty", weight.root.1, weight.dims));
+    let bytes = weight.dims.iter().try_fold(size_of::<f32>(), |n, d| n.checked_mul(*d));
+    if !bytes.is_some_and(|n| n > 0 && isize::try_from(n).is_ok()) {
+        return Err(format!("its weight {} has the impossible shape {:?}", weight.root.1, weight.dims));
     }
     if alpha == 0.0 || !alpha.is_finite() {
         return Err(format!("its alpha is {alpha}, so that no change of its weight can have an effect"));
@@ -368,7 +369,9 @@ fn name_parameters(found: &mut [Found]) {
             weights_of.entry(module.clone()).or_default().insert(identity(f));
         }
     }
-    let mut taken: HashMap<String, (usize, String, bool)> = HashMap::new();
+    let mut taken: HashSet<String> = HashSet::new();
+    let mut given = HashMap::new();
+    let mut counts: HashMap<String, usize> = HashMap::new();
     for f in found.iter_mut() {
         let name = if f.linear.node_name.is_empty() { f.first_output } else { &f.linear.node_name };
         let wanted = match &f.linear.module {
@@ -377,15 +380,18 @@ fn name_parameters(found: &mut [Found]) {
             Some(module) => format!("{module}.{}", parameter_safe(name.rsplit('/').next().unwrap_or(name))),
             None => parameter_safe(name),
         };
-        let key = identity(f);
-        let mut path = wanted.clone();
-        let mut k = 1;
-        while taken.get(&path).is_some_and(|other| *other != key) {
-            k += 1;
-            path = format!("{wanted}_{k}");
-        }
-        taken.insert(path.clone(), key);
-        f.linear.path = path;
+        f.linear.path = given
+            .entry((wanted.clone(), identity(f)))
+            .or_insert_with(|| {
+                let mut path = wanted.clone();
+                while !taken.insert(path.clone()) {
+                    let count = counts.entry(wanted.clone()).or_insert(1);
+                    *count += 1;
+                    path = format!("{wanted}_{count}");
+                }
+                path
+            })
+            .clone();
     }
 }
 

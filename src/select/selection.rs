@@ -1,6 +1,6 @@
 //! Which layers of a model a config means: PEFT's rules, and what they leave open for a file without module objects.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::matching::{Matcher, Verdict, Version, is_suffix};
 use super::{Linear, NameRule};
@@ -16,26 +16,28 @@ pub struct Selection {
     pub warnings: Vec<String>,
 }
 
-/// Output layers by the names that `get_output_embeddings` of Hugging Face's models returns: with `all-linear`, PEFT
-/// leaves that one module out. These names count anywhere in a path.
-const OUTPUT_LAYERS: [&str; 13] = [
-    "lm_head",                // most decoders, T5, BART
-    "embed_out",              // GPT-NeoX
-    "predictions.decoder",    // BERT (cls.), ALBERT
-    "lm_head.decoder",        // RoBERTa, XLM-R, MPNet
-    "lm_predictions.lm_head", // DeBERTa-v2
-    "vocab_projector",        // DistilBERT
-    "generator_lm_head",      // ELECTRA, ConvBERT
-    "pred_layer.proj",        // XLM, FlauBERT
-    "lm_loss",                // XLNet
-    "output_projection",      // TrOCR, FSMT
-    "cls.decoder",            // MobileBERT-like heads
-    "text_projection_head",   // speech models with a text head
-    "final_proj_out",         // speech decoders
+/// Output layers by the attribute that `get_output_embeddings` of Hugging Face's models returns (all models of
+/// transformers 4.53.3): with `all-linear`, PEFT leaves that one module out. These names count anywhere in a path.
+const OUTPUT_LAYERS: [&str; 12] = [
+    "lm_head",                      // 119 models: Llama, GPT-2, T5, BART, …
+    "predictions.decoder",          // BERT (cls.), ALBERT
+    "lm_head.decoder",              // RoBERTa and kin
+    "embed_out",                    // GPT-NeoX
+    "generator_lm_head",            // ELECTRA, ConvBERT
+    "pred_layer.proj",              // XLM, FlauBERT
+    "vocab_projector",              // DistilBERT
+    "lm_predictions.lm_head.dense", // DeBERTa
+    "mlm_score.decoder",            // ViLT, BridgeTower
+    "output_projection",            // TrOCR, BioGPT
+    "lm_loss",                      // XLNet
+    "lm_head.out_proj",             // T5Gemma
 ];
 
-/// Names too common elsewhere to count below the top level: Whisper, ModernBERT.
+/// Names too common elsewhere to count below the top level: Whisper, ModernBERT. RWKV's `head` and GIT's `output` are
+/// too common even there: a custom model's head is adapted, as PEFT does.
 const TOP_OUTPUT_LAYERS: [&str; 2] = ["proj_out", "decoder"];
+
+const EXCLUDED: &str = "named by exclude_modules";
 
 /// [`select_as`] by today's rules.
 pub fn select(linears: &[Linear], config: &BoneConfig) -> Result<Selection> {
@@ -63,7 +65,7 @@ pub fn select_as(
         match verdict(&matcher, linear, is_all, targets)? {
             Verdict::Excluded => {
                 excluded += 1;
-                selection.left_out.push((i, "named by exclude_modules".into()));
+                selection.left_out.push((i, EXCLUDED.into()));
             }
             Verdict::Saved => {
                 excluded += 1;
@@ -87,7 +89,7 @@ pub fn select_as(
     if selection.chosen.is_empty() {
         return Err(nothing_chosen(linears, config, is_all, &selection, excluded, unmatched));
     }
-    warn(linears, config, &matcher, excluded, &mut selection);
+    warn(linears, config, &mut selection);
     Ok(selection)
 }
 
@@ -158,7 +160,7 @@ fn nothing_chosen(
     }
     let (wanted, near) = match &config.target_modules {
         Some(TargetModules::List(names)) => {
-            let near: String = names.iter().map(|n| did_you_mean(n, linears.iter().map(Linear::key))).collect();
+            let near: String = names.iter().map(|name| nearest(name, linears)).collect();
             (names.join(", "), near)
         }
         Some(TargetModules::Pattern(pattern)) => {
@@ -184,6 +186,15 @@ fn nothing_chosen(
     Error::config(format!("{head}{near}{layers} Linear layers there are: {}", listed(&kinds(linears), ", ")))
 }
 
+/// A hint at names like `wanted`: whole paths for a path, last segments for a single name.
+fn nearest(wanted: &str, linears: &[Linear]) -> String {
+    let whole = wanted.contains(['.', '/']);
+    did_you_mean(
+        wanted,
+        linears.iter().map(|l| if whole || l.module.is_none() { l.key() } else { named_tail(l.key()) }),
+    )
+}
+
 /// The layers' names, shortened: distinct last segments with their number, unless they are few.
 fn kinds(linears: &[Linear]) -> Vec<String> {
     if linears.len() <= LISTED {
@@ -194,7 +205,6 @@ fn kinds(linears: &[Linear]) -> Vec<String> {
     let mut order = Vec::new();
     for linear in linears {
         let kind = match &linear.module {
-            // The last segment that is a name: `block.0` and `block.2` go by their numbers' parent.
             Some(module) => named_tail(module),
             None => linear.key(),
         };
@@ -213,7 +223,7 @@ fn kinds(linears: &[Linear]) -> Vec<String> {
         .collect()
 }
 
-/// `q_proj` of `a.q_proj`; `block.0` of `a.block.0`.
+/// The last segment, and before it what a number needs: `q_proj` of `a.q_proj`, `block.0` of `a.block.0`.
 fn named_tail(path: &str) -> &str {
     let mut start = path.len();
     while let Some(dot) = path[..start].rfind('.') {
@@ -226,15 +236,19 @@ fn named_tail(path: &str) -> &str {
     path
 }
 
-fn warn(linears: &[Linear], config: &BoneConfig, matcher: &Matcher, excluded: usize, selection: &mut Selection) {
-    let _ = matcher;
-    if excluded == 0 && config.exclude_modules.as_ref().is_some_and(|names| *names != TargetModules::List(Vec::new())) {
+fn warn(linears: &[Linear], config: &BoneConfig, selection: &mut Selection) {
+    let excludes = match &config.exclude_modules {
+        Some(TargetModules::List(names)) => !names.is_empty(),
+        Some(TargetModules::Pattern(pattern)) => !pattern.is_empty(),
+        None => false,
+    };
+    if excludes && !selection.left_out.iter().any(|(_, why)| why == EXCLUDED) {
         selection.warnings.push("exclude_modules names no linear layer of this model".into());
     }
     let keys = || linears.iter().map(Linear::key);
     if let Some(TargetModules::List(names)) = &config.target_modules {
         for name in names.iter().filter(|name| !keys().any(|key| key == name.as_str() || is_suffix(name, key))) {
-            let near = did_you_mean(name, keys());
+            let near = nearest(name, linears);
             selection
                 .warnings
                 .push(format!("target_modules names {name}, which is no linear layer of this model.{near}"));
@@ -253,13 +267,14 @@ fn warn(linears: &[Linear], config: &BoneConfig, matcher: &Matcher, excluded: us
 
 /// A sentence for each stored matrix that others than the calls of one chosen layer use.
 fn shared_weights(linears: &[Linear], chosen: &[usize]) -> Vec<String> {
-    let mut seen = HashSet::new();
+    let mut users_of: HashMap<_, Vec<&Linear>> = HashMap::new();
+    for linear in linears {
+        users_of.entry(&linear.weight.source).or_default().push(linear);
+    }
     let mut warnings = Vec::new();
     for linear in chosen.iter().filter_map(|i| linears.get(*i)) {
-        if linear.weight.uses < 2 || !seen.insert(&linear.weight.source) {
-            continue;
-        }
-        let users: Vec<&Linear> = linears.iter().filter(|l| l.weight.source == linear.weight.source).collect();
+        // Taken out: a sentence once.
+        let Some(users) = users_of.remove(&linear.weight.source) else { continue };
         let mut paths: Vec<&str> = users.iter().map(|l| l.path.as_str()).collect();
         paths.sort_unstable();
         paths.dedup();
@@ -274,4 +289,148 @@ fn shared_weights(linears: &[Linear], chosen: &[usize]) -> Vec<String> {
         }
     }
     warnings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::linears_in;
+    use super::*;
+
+    fn config(targets: &[&str]) -> BoneConfig {
+        let list = targets.iter().map(|t| t.to_string()).collect();
+        BoneConfig { target_modules: Some(TargetModules::List(list)), ..Default::default() }
+    }
+
+    fn pattern(text: &str) -> BoneConfig {
+        BoneConfig { target_modules: Some(TargetModules::Pattern(text.into())), ..Default::default() }
+    }
+
+    fn keys(linears: &[Linear], selection: &Selection) -> Vec<String> {
+        selection.chosen.iter().map(|i| linears[*i].key().to_string()).collect()
+    }
+
+    fn error(linears: &[Linear], config: &BoneConfig) -> String {
+        select(linears, config).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn all_linear_leaves_out_the_output_layer_and_takes_a_head_along() {
+        let head = |file, name: &str, count| {
+            let linears = linears_in(&format!("models/{file}"));
+            let selection = select(&linears, &pattern("All-Linear")).unwrap();
+            assert_eq!(selection.chosen.len(), count, "{file}");
+            let out: Vec<_> = selection.left_out.iter().map(|(i, _)| linears[*i].key()).collect();
+            assert_eq!(out, if name.is_empty() { vec![] } else { vec![name] }, "{file}");
+            assert!(selection.left_out.iter().all(|(_, why)| why.contains("output layer")), "{file}");
+        };
+        head("llama.ts17.onnx", "lm_head", 14);
+        head("llama.dyn18.onnx", "lm_head", 14);
+        head("gpt2.ts17.onnx", "lm_head", 8);
+        head("bert.ts17.onnx", "", 14);
+        head("mlp2d.ts17.onnx", "", 7);
+        head("vit.ts17.onnx", "", 13);
+    }
+
+    #[test]
+    fn an_output_layer_can_be_named() {
+        let linears = linears_in("models/llama.ts17.onnx");
+        let selection = select(&linears, &config(&["lm_head", "layers.1.mlp.up_proj"])).unwrap();
+        assert_eq!(keys(&linears, &selection), ["model.layers.1.mlp.up_proj", "lm_head"]);
+    }
+
+    #[test]
+    fn layers_and_exclusions() {
+        let linears = linears_in("models/bert.ts17.onnx");
+        let mut chosen = config(&["query", "value"]);
+        chosen.layers_to_transform = Some(vec![1]);
+        chosen.layers_pattern = Some(vec!["layer".into()]);
+        chosen.exclude_modules = Some(TargetModules::Pattern(".*value".into()));
+        let selection = select(&linears, &chosen).unwrap();
+        assert_eq!(keys(&linears, &selection), ["bert.encoder.layer.1.attention.self.query"]);
+        assert_eq!(selection.left_out.len(), 2);
+        chosen.exclude_modules = Some(TargetModules::List(vec!["nothing".into()]));
+        let selection = select(&linears, &chosen).unwrap();
+        assert!(selection.warnings.iter().any(|w| w.contains("exclude_modules names no")), "{:?}", selection.warnings);
+        let saved = select_as(&linears, &pattern("all-linear"), &["pooler".into()], Version::default()).unwrap();
+        assert_eq!((saved.chosen.len(), saved.left_out.len()), (13, 1));
+    }
+
+    #[test]
+    fn every_call_of_a_module_is_chosen() {
+        let linears = linears_in("models/seqnest.ts17.onnx");
+        let selection = select(&linears, &config(&["lin"])).unwrap();
+        let calls: Vec<_> = selection.chosen.iter().map(|i| &linears[*i]).filter(|l| l.path == "lin").collect();
+        assert_eq!(calls.iter().map(|l| l.node_name.as_str()).collect::<Vec<_>>(), ["/lin/MatMul", "/lin_1/MatMul_1"]);
+        assert!(calls.iter().all(|l| l.weight.uses == 2));
+        assert_eq!(selection.warnings, Vec::<String>::new());
+    }
+
+    #[test]
+    fn layers_without_a_path_go_by_their_node() {
+        let linears = linears_in("models/llama.dyn18.ort_ext.onnx");
+        let selection = select(&linears, &pattern("all-linear")).unwrap();
+        assert_eq!(selection.chosen.len(), 15);
+        assert!(selection.warnings[0].contains("15 of the chosen layers have no module path"));
+        let selection = select(&linears, &config(&["node_linear_3"])).unwrap();
+        assert_eq!(keys(&linears, &selection), ["node_linear_3"]);
+        assert_eq!(select(&linears, &pattern("node_linear_1.*")).unwrap().chosen.len(), 6);
+        assert!(error(&linears, &config(&["linear_3"])).contains("not found"));
+    }
+
+    #[test]
+    fn nothing_found_says_what_there_is() {
+        let linears = linears_in("models/bert.ts17.onnx");
+        let text = error(&linears, &config(&["quary"]));
+        assert_eq!(
+            text,
+            "Target modules quary not found in the base model. Did you mean query? Linear layers there are: query ×2, \
+             key ×2, value ×2, dense ×7, classifier"
+        );
+        let mut chosen = config(&["query"]);
+        chosen.layers_to_transform = Some(vec![7]);
+        assert!(error(&linears, &chosen).contains("Only layers [7] were looked at"));
+        chosen = config(&["query"]);
+        chosen.exclude_modules = Some(TargetModules::Pattern(".*".into()));
+        assert!(error(&linears, &chosen).starts_with("All modules were excluded"));
+        chosen.exclude_modules = Some(TargetModules::List(vec!["query".into()]));
+        assert!(error(&linears, &chosen).starts_with("No modules were targeted for adaptation"));
+        let few = linears_in("goldens/mlp/base_gemm.onnx");
+        assert!(error(&few, &pattern("lin")).ends_with("Linear layers there are: lin0, lin1"));
+        assert!(error(&few, &BoneConfig::default()).contains("target_modules is not set"));
+        assert!(error(&[], &pattern("all-linear")).contains("no linear layer"));
+    }
+
+    #[test]
+    fn a_name_that_is_no_layer_is_a_warning_beside_ones_that_are() {
+        let linears = linears_in("models/bert.ts17.onnx");
+        let selection = select(&linears, &config(&["query", "valeu"])).unwrap();
+        assert_eq!(
+            selection.warnings,
+            ["target_modules names valeu, which is no linear layer of this model. Did you mean value?"]
+        );
+    }
+
+    #[test]
+    fn layers_that_take_no_adapter_are_refused_by_name() {
+        let linears = linears_in("models/llama.genai_int4.onnx");
+        let text = error(&linears, &config(&["qkv_proj", "o_proj"]));
+        assert!(text.starts_with("4 of the layers named") && text.contains("/model/layers.1/attn/o_proj/MatMul_Q4"));
+        assert!(text.contains("MatMulNBits computes with a quantized weight"), "{text}");
+        assert!(error(&linears, &pattern("all-linear")).contains("no linear layer of this model can be adapted"));
+        let half = linears_in("models/bert_fp16.dyn18.onnx");
+        assert!(error(&half, &config(&["query"])).contains("is float16, and only float32"));
+        let qdq = linears_in("models/bert.ts17.qdq.onnx");
+        assert!(error(&qdq, &config(&["query"])).contains("(stored as int8) is dequantized by a DequantizeLinear"));
+    }
+
+    #[test]
+    fn shared_weights_are_told() {
+        let linears = linears_in("models/qwen2_tied_nofold.ts17.onnx");
+        let selection = select(&linears, &config(&["lm_head"])).unwrap();
+        assert_eq!(
+            selection.warnings,
+            ["one stored matrix, model.embed_tokens.weight, serves lm_head and 1 other uses: each adapted layer gets \
+              its own copy when it is folded"]
+        );
+    }
 }
