@@ -69,35 +69,33 @@ pub fn branch(branch: &Branch, names: &mut Names) -> Vec<NodeProto> {
 
 /// A block made ready to be added to a weight as it is stored.
 pub struct Merger {
-    /// `[r, out]` for a weight stored `[in, out]`, `[out, r]` for one stored `[out, in]`; divided by alpha.
-    block: Array2<f32>,
+    /// The block's rows for a weight stored `[in, out]`, its columns for one stored `[out, in]`; divided by alpha.
+    lines: Vec<f32>,
+    line_len: usize,
     stored_out_in: bool,
-    out_features: usize,
 }
 
 impl Merger {
     /// `alpha` is the factor that the node puts on the product (Gemm); the block is added outside of it.
     pub fn new(block: ArrayView2<f32>, stored_out_in: bool, alpha: f32) -> Self {
-        let out_features = block.ncols();
         let block = if stored_out_in { block.t() } else { block };
-        // x / 1 is x, bit for bit.
-        Self { block: block.map(|b| b / alpha), stored_out_in, out_features }
+        // x / 1 is x, bit for bit. Iteration is row by row whatever the layout in memory.
+        Self { lines: block.iter().map(|b| b / alpha).collect(), line_len: block.ncols(), stored_out_in }
     }
 
     /// Adds the block to whole rows of the stored weight, the first of which is row `first`:
     /// `W[i, o] += B[i mod r, o] / alpha`, or the transpose of that. One addition an element, so that f32 equals
     /// PEFT's bit for bit.
     pub fn merge(&self, rows: &mut [f32], row_len: usize, first: usize) {
-        let r = if self.stored_out_in { self.block.ncols() } else { self.block.nrows() };
-        if r == 0 || row_len == 0 || self.out_features == 0 {
+        if self.lines.is_empty() || row_len == 0 {
             return;
         }
+        let count = self.lines.len() / self.line_len;
         for (k, row) in rows.chunks_exact_mut(row_len).enumerate() {
-            let at = first + k;
-            let line = self.block.row(if self.stored_out_in { at } else { at % r });
-            let line = line.to_slice().unwrap_or_default();
-            // A row of [out, in] takes its line of the block again and again, one of [in, out] just once.
-            for shard in row.chunks_mut(line.len().max(1)) {
+            // A row of [out, in] takes its line again and again; one of [in, out] takes line i mod r once.
+            let at = if self.stored_out_in { first + k } else { (first + k) % count };
+            let line = &self.lines[at * self.line_len..][..self.line_len];
+            for shard in row.chunks_mut(self.line_len) {
                 shard.iter_mut().zip(line).for_each(|(w, b)| *w += b);
             }
         }
