@@ -5,6 +5,7 @@ mod discover;
 mod doctor;
 mod onnxruntime;
 mod signature;
+mod tract;
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,7 +14,9 @@ use crate::onnx::{ModelProto, Tensor};
 use crate::{Error, Result, did_you_mean};
 
 pub use discover::{Library, Places};
+pub use doctor::{Check, Doctor, doctor};
 pub use onnxruntime::OnnxRuntime;
+pub use tract::Tract;
 
 /// Something that runs ONNX models.
 pub trait Engine: Send + Sync {
@@ -108,12 +111,22 @@ impl fmt::Display for Device {
 }
 
 /// Opens an engine. One process holds one ONNX Runtime library: the first that is opened stays.
-pub fn open(_kind: EngineKind, device: Device) -> Result<Box<dyn Engine>> {
-    let places = Places::from_env();
-    let Some(library) = discover::pick(&places, device)? else {
-        return Err(onnxruntime::error(discover::NONE_FOUND));
-    };
-    Ok(Box::new(OnnxRuntime::open(&library.path, device)?))
+pub fn open(kind: EngineKind, device: Device) -> Result<Box<dyn Engine>> {
+    open_in(&Places::from_env(), kind, device)
+}
+
+fn open_in(places: &Places, kind: EngineKind, device: Device) -> Result<Box<dyn Engine>> {
+    if kind == EngineKind::Tract {
+        return match device {
+            Device::Cpu => Ok(Box::new(Tract)),
+            Device::Cuda(_) => Err(Error::config("tract runs on the CPU only; CUDA needs --engine onnxruntime")),
+        };
+    }
+    match discover::pick(places, device)? {
+        Some(library) => Ok(Box::new(OnnxRuntime::open(&library.path, device)?)),
+        None if kind == EngineKind::Auto && device == Device::Cpu => Ok(Box::new(Tract)),
+        None => Err(onnxruntime::error(discover::NONE_FOUND)),
+    }
 }
 
 #[cfg(test)]
