@@ -1,5 +1,6 @@
 //! CUDA's shared libraries: found in Python's `nvidia` packages without LD_LIBRARY_PATH, and named where one is missing.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::discover::{Places, newest_first};
@@ -16,27 +17,34 @@ const LIBRARIES: &[(&str, &str, &str)] = &[
 ];
 
 /// Loads what of [`LIBRARIES`] is found in `nvidia/*/lib` of the site-packages around `onnxruntime` and of the known
-/// Python installations, so that the provider finds them by name. What is missing shows when the provider loads.
+/// Python installations, or in the toolkit's usual place, so that the provider finds them by name. Every version found
+/// is loaded: which one the provider needs is its own affair. What is missing shows when the provider loads.
 #[cfg(unix)]
 pub(super) fn preload(onnxruntime: &Path) {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
-    let around = onnxruntime.ancestors().find(|dir| dir.join("nvidia").is_dir()).map(Path::to_path_buf);
-    let sites = around.into_iter().chain(Places::from_env().site_packages());
-    let dirs: Vec<PathBuf> = sites
-        .flat_map(|site| newest_first(&site.join("nvidia"), |_| true))
-        .map(|package| package.join("lib"))
-        .collect();
+    let mut loaded = HashSet::new();
+    let dirs = directories(onnxruntime, Places::from_env().site_packages());
     for (library, ..) in LIBRARIES {
-        let mut found = dirs.iter().flat_map(|dir| newest_first(dir, |name| name.starts_with(library)));
-        if let Some(path) = found.next() {
+        for path in dirs.iter().flat_map(|dir| newest_first(dir, |name| name.starts_with(library))) {
+            if !loaded.insert(path.file_name().map(ToOwned::to_owned)) {
+                continue;
+            }
             // SAFETY: NVIDIA's own libraries, from where the user's Python would load them.
             match unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) } {
-                Ok(loaded) => std::mem::forget(loaded),
+                Ok(library) => std::mem::forget(library),
                 Err(e) => tracing::debug!("{} is passed over: {e}", path.display()),
             }
         }
     }
+}
+
+/// Directories that may hold CUDA's libraries, those nearest to the library in use first.
+#[cfg(unix)]
+fn directories(onnxruntime: &Path, sites: Vec<PathBuf>) -> Vec<PathBuf> {
+    let around = onnxruntime.ancestors().map(Path::to_path_buf).find(|dir| dir.join("nvidia").is_dir());
+    let packages = around.into_iter().chain(sites).flat_map(|site| newest_first(&site.join("nvidia"), |_| true));
+    packages.map(|package| package.join("lib")).chain([PathBuf::from("/usr/local/cuda/lib64")]).collect()
 }
 
 #[cfg(not(unix))]
@@ -81,6 +89,19 @@ fn missing_library(message: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn the_packages_around_the_library_go_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let (near, far) = (dir.path().join("a/site-packages"), dir.path().join("b/site-packages"));
+        for lib in [near.join("nvidia/cu13/lib"), far.join("nvidia/cublas/lib"), near.join("onnxruntime/capi")] {
+            std::fs::create_dir_all(lib).unwrap();
+        }
+        let found = directories(&near.join("onnxruntime/capi/libonnxruntime.so.1.31.1"), vec![far.clone()]);
+        let wanted = [near.join("nvidia/cu13/lib"), far.join("nvidia/cublas/lib"), "/usr/local/cuda/lib64".into()];
+        assert_eq!(found, wanted);
+    }
 
     /// The three messages that ONNX Runtime 1.31.1 was seen to give.
     #[test]

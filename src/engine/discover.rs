@@ -58,8 +58,8 @@ impl Places {
         Self { explicit: dir("ORT_DYLIB_PATH"), executable, cache, python }
     }
 
-    /// Libraries by path, in the order in which they are tried.
-    fn candidates(&self) -> Vec<(PathBuf, &'static str)> {
+    /// Libraries by path and origin, in the order in which they are tried for `device`.
+    fn candidates(&self, device: Device) -> Vec<(PathBuf, &'static str)> {
         if let Some(path) = &self.explicit {
             // As ONNX Runtime's own bindings do: a relative path is first taken from the executable.
             let beside = self.executable.iter().map(|d| d.join(path)).find(|p| p.exists());
@@ -87,6 +87,10 @@ impl Places {
             seen.push(real);
             new
         });
+        if device != Device::Cpu {
+            // A wheel built for CUDA carries the provider beside the library; builds without it can only fail.
+            found.sort_by_key(|(path, _)| !path.with_file_name(CUDA_PROVIDER).exists());
+        }
         found
     }
 
@@ -107,19 +111,14 @@ impl Places {
 
     /// Every library found, each asked for its version.
     pub fn libraries(&self) -> Vec<Library> {
-        self.candidates().into_iter().map(|(path, origin)| inspect(path, origin)).collect()
+        self.candidates(Device::Cpu).into_iter().map(|(path, origin)| inspect(path, origin)).collect()
     }
 }
 
 /// The library that `device` would run on: `None` where there is none, an error where `ORT_DYLIB_PATH` names one that
 /// cannot be used.
 pub(super) fn pick(places: &Places, device: Device) -> Result<Option<Library>> {
-    let mut candidates = places.candidates();
-    if device != Device::Cpu {
-        // A wheel built for CUDA carries the provider beside the library; builds without it can only fail.
-        candidates.sort_by_key(|(path, _)| !path.with_file_name(CUDA_PROVIDER).exists());
-    }
-    for (path, origin) in candidates {
+    for (path, origin) in places.candidates(device) {
         let library = inspect(path, origin);
         match &library.problem {
             None => return Ok(Some(library)),
@@ -167,16 +166,16 @@ fn numbers(name: &str) -> Vec<u64> {
 }
 
 fn inspect(path: PathBuf, origin: &'static str) -> Library {
-    let (version, problem) = match version(&path) {
-        Err(problem) => (None, Some(problem)),
-        Ok(version) => {
-            let new_enough = matches!(numbers(&version)[..], [1, minor, ..] if minor >= u64::from(ort::MINOR_VERSION));
-            let problem = (!new_enough)
-                .then(|| format!("its version is {version}, but 1.{} or newer 1.x is needed", ort::MINOR_VERSION));
-            (Some(version), problem)
-        }
-    };
-    Library { path, origin, version, problem }
+    match version(&path) {
+        Err(problem) => Library { path, origin, version: None, problem: Some(problem) },
+        Ok(version) => Library { path, origin, problem: unsupported(&version), version: Some(version) },
+    }
+}
+
+/// Why a library of this version cannot be used, if so.
+fn unsupported(version: &str) -> Option<String> {
+    let fits = matches!(numbers(version)[..], [1, minor, ..] if minor >= u64::from(ort::MINOR_VERSION));
+    (!fits).then(|| format!("its version is {version}, but 1.{} or a newer 1.x is needed", ort::MINOR_VERSION))
 }
 
 /// Loads the library at `path` and asks for its version.
@@ -242,11 +241,20 @@ mod tests {
             cache: Some(root.join("cache")),
             python: vec![root.join("env"), root.join("absent")],
         };
-        let found: Vec<PathBuf> = places.candidates().into_iter().map(|(path, _)| path).collect();
+        let found: Vec<PathBuf> = places.candidates(Device::Cpu).into_iter().map(|(path, _)| path).collect();
         assert_eq!(found, names.map(|n| root.join(n)));
         // None of them is a library: each is reported, none is picked.
         assert!(places.libraries().iter().all(|l| l.problem.is_some() && l.version.is_none()));
         assert!(pick(&places, Device::Cpu).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_version_below_the_api_in_use_is_told() {
+        assert_eq!(["1.24.0", "1.24.4", "1.31.1", "1.100.0"].map(unsupported), [const { None }; 4]);
+        for old in ["1.23.2", "1.9.1", "0.30.0", "2.0.0", "1", "rubbish", ""] {
+            let told = unsupported(old).unwrap();
+            assert!(told.contains(&format!("version is {old},")) && told.contains("1.24"), "{told}");
+        }
     }
 
     #[test]
@@ -269,18 +277,12 @@ mod tests {
         touch(&dir.path().join("exe/libonnxruntime.so"));
         touch(&dir.path().join("cache/onnxruntime-1.31.1/libonnxruntime.so"));
         touch(&dir.path().join("cache/onnxruntime-1.31.1").join(CUDA_PROVIDER));
-        let first = |device: Device| {
-            let mut found = Places {
-                executable: Some(dir.path().join("exe")),
-                cache: Some(dir.path().join("cache")),
-                ..Places::default()
-            }
-            .candidates();
-            if device != Device::Cpu {
-                found.sort_by_key(|(path, _)| !path.with_file_name(CUDA_PROVIDER).exists());
-            }
-            found[0].1
+        let places = Places {
+            executable: Some(dir.path().join("exe")),
+            cache: Some(dir.path().join("cache")),
+            ..Places::default()
         };
+        let first = |device| places.candidates(device)[0].1;
         assert_eq!((first(Device::Cpu), first(Device::Cuda(0))), ("beside the executable", "cache"));
     }
 }

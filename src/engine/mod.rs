@@ -3,6 +3,7 @@
 mod cuda;
 mod discover;
 mod doctor;
+mod guard;
 mod onnxruntime;
 mod signature;
 mod tract;

@@ -12,6 +12,7 @@ use ort::session::{OutputSelector, RunOptions, Session as OrtSession, SessionInp
 use ort::value::{DynTensorValueType, DynValue, TensorElementType, TensorRef, ValueType};
 use prost::Message;
 
+use super::guard::guarded;
 use super::signature::Signature;
 use super::{Device, Engine, LoadOptions, Session, cuda, discover};
 use crate::onnx::{ModelProto, Tensor};
@@ -147,10 +148,12 @@ impl Engine for OnnxRuntime {
             )));
         }
         let encoded = model.encode_to_vec();
-        let session = self.builder(options)?.commit_from_memory(&encoded).map_err(|e| match self.device {
-            Device::Cpu => told(e),
-            Device::Cuda(_) => error(cuda::explain(e.message(), &self.runtime.path)),
-        })?;
+        let mut builder = self.builder(options)?;
+        let session =
+            guarded(|| builder.commit_from_memory(&encoded)).map_err(error)?.map_err(|e| match self.device {
+                Device::Cpu => told(e),
+                Device::Cuda(_) => error(cuda::explain(e.message(), &self.runtime.path)),
+            })?;
         Ok(Box::new(Loaded { session, signature }))
     }
 }
@@ -185,7 +188,7 @@ impl Session for Loaded {
             }
         }
         let options = RunOptions::new().map_err(told)?.with_outputs(selected);
-        let outputs = self.session.run_with_options(lent, &options).map_err(told)?;
+        let outputs = guarded(|| self.session.run_with_options(lent, &options)).map_err(error)?.map_err(told)?;
         wanted
             .iter()
             .map(|name| {

@@ -6,8 +6,8 @@ use half::{bf16, f16};
 use prost::Message;
 
 use super::*;
-use crate::onnx::proto::{OperatorSetIdProto, ValueInfoProto};
-use crate::onnx::{DataType, GraphProto, Model, NodeProto, TensorProto, node, value_info};
+use crate::onnx::proto::{OperatorSetIdProto, TypeProto, ValueInfoProto, type_proto};
+use crate::onnx::{AttributeProto, DataType, GraphProto, Model, NodeProto, TensorProto, node, value_info};
 
 const ENGINES: [EngineKind; 2] = [EngineKind::OnnxRuntime, EngineKind::Tract];
 
@@ -221,6 +221,16 @@ fn a_bad_model_is_an_error_that_names_the_node() {
         // An output that nothing makes; no graph at all.
         assert!(tried(&model(vec![], x(), y())).unwrap_err().contains('y'));
         assert!(tried(&ModelProto::default()).is_err());
+        // A value that is no tensor.
+        let element = value_info("x", DataType::Float, &["2"]).r#type.unwrap_or_default();
+        let kind_of =
+            AttributeProto { name: Some("type".into()), tp: Some(element), r#type: Some(13), ..Default::default() };
+        let nothing = NodeProto { attribute: vec![kind_of.clone()], ..node("Optional", &[], &["y"]) };
+        let optional = type_proto::Optional { elem_type: kind_of.tp.clone().map(Box::new) };
+        let mut y_is_optional = y();
+        y_is_optional[0].r#type =
+            Some(TypeProto { value: Some(type_proto::Value::OptionalType(Box::new(optional))), ..Default::default() });
+        assert!(tried(&model(vec![nothing], x(), y_is_optional)).unwrap_err().contains('y'));
         // tract panics on negative pads.
         let mut crop =
             model(vec![node("Pad", &["x", "pads"], &["y"])], x(), vec![value_info("y", DataType::Float, &["1"])]);

@@ -1,11 +1,8 @@
 //! tract: the engine that is built in. Pure Rust, one thread, nothing to install; it plans for concrete shapes, so a
 //! plan is made for each set of input shapes and the last few are kept.
 
-use std::any::Any;
-use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::panic::{self, AssertUnwindSafe};
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use ndarray::{ArrayD, IxDyn};
@@ -16,7 +13,7 @@ use tract_onnx::prelude::{
 };
 
 use super::signature::Signature;
-use super::{Engine, LoadOptions, Session};
+use super::{Engine, LoadOptions, Session, guard};
 use crate::onnx::{ModelProto, Tensor, walk_graphs};
 use crate::{Error, Result};
 
@@ -217,35 +214,13 @@ tensors! {
     Bool bool;
 }
 
-thread_local! {
-    static GUARDED: Cell<bool> = const { Cell::new(false) };
-    static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
-}
-
-/// Runs a piece of tract, which panics on some models, and turns a panic into an error, unprinted.
+/// Runs a piece of tract, and keeps its errors short.
 fn guarded<T>(work: impl FnOnce() -> TractResult<T>) -> Result<T> {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let others = panic::take_hook();
-        panic::set_hook(Box::new(
-            move |info| {
-                if GUARDED.get() { PANIC.set(Some(info.to_string())) } else { others(info) }
-            },
-        ));
-    });
-    let outer = GUARDED.replace(true);
-    let outcome = panic::catch_unwind(AssertUnwindSafe(work));
-    GUARDED.set(outer);
-    let what = match outcome {
+    let what = match guard::guarded(work) {
         Ok(Ok(value)) => return Ok(value),
         Ok(Err(e)) => format!("{e:#}"),
-        Err(payload) => format!("it stumbled: {}", PANIC.take().unwrap_or_else(|| words(&*payload))),
+        Err(panic) => panic,
     };
     let cut = what.char_indices().nth(LONGEST_MESSAGE).map_or(what.len(), |(at, _)| at);
     Err(error(if cut < what.len() { format!("{} …", &what[..cut]) } else { what }))
-}
-
-fn words(payload: &dyn Any) -> String {
-    let text = payload.downcast_ref::<&str>().map(|s| s.to_string());
-    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without words".into())
 }
