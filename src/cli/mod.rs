@@ -1,10 +1,15 @@
 //! The command line: parse, call the library, print. People's text and progress go to stderr, results to stdout.
 
+mod engine;
+mod doctor;
 mod fold;
 mod inject;
 mod inspect;
 mod printer;
+mod quickstart;
+mod train;
 mod unload;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -32,9 +37,13 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Inspect(inspect::Args),
-    Inject(inject::Args),
+    Inject(Box<inject::Args>),
+    Train(Box<train::Args>),
     Fold(fold::Args),
     Unload(unload::Args),
+    Verify(verify::Args),
+    Doctor(doctor::Args),
+    Quickstart(quickstart::Args),
 }
 
 /// Runs the command line. Exit codes: 0 done, 1 failed (bad input, I/O, verification), 2 usage.
@@ -53,8 +62,12 @@ pub fn main() -> ExitCode {
 fn run(command: Command, printer: &Printer) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(args, printer),
-        Command::Inject(args) => inject::run(args, printer),
+        Command::Inject(args) => inject::run(*args, printer),
+        Command::Train(args) => train::run(*args, printer),
         Command::Fold(args) => fold::run(args, printer),
         Command::Unload(args) => unload::run(args, printer),
+        Command::Verify(args) => verify::run(args, printer),
+        Command::Doctor(args) => doctor::run(args, printer),
+        Command::Quickstart(args) => quickstart::run(args, printer),
     }
 }

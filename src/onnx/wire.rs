@@ -121,10 +121,13 @@ enum Piece {
     Due(Due),
 }
 
+/// Writes what is due.
+pub type WriteDue = Box<dyn FnOnce(&mut dyn Write) -> Result<(), RopeError> + Send>;
+
 /// Bytes that are made when they are written, piece by piece, so that little of them is ever held.
 pub struct Due {
     pub len: usize,
-    pub write: Box<dyn FnOnce(&mut dyn Write) -> Result<(), RopeError> + Send>,
+    pub write: WriteDue,
 }
 
 impl Rope {

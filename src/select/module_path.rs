@@ -43,8 +43,11 @@ pub struct Clues<'a> {
     pub bias_uses: usize,
 }
 
+/// A path, where the clue is there.
+type PathRule = fn(&Clues) -> Option<String>;
+
 /// The rules, in the order they are asked.
-const RULES: [(NameRule, fn(&Clues) -> Option<String>); 5] = [
+const RULES: [(NameRule, PathRule); 5] = [
     (NameRule::Metadata, by_metadata),
     (NameRule::Weight, by_weight),
     (NameRule::BiasAndNode, by_bias_and_node),
