@@ -1,1 +1,4 @@
-//! train
+//! Training: loss graphs, data readers, optimizer, schedule, loop, metrics.
+
+pub mod optimizer;
+pub mod schedule;
