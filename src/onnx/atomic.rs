@@ -3,6 +3,8 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::wire::{Rope, RopeError};
 use crate::{Error, Result};
@@ -21,22 +23,40 @@ pub(crate) fn replace(path: &Path, fill: impl FnOnce(&mut File) -> Result<(), Ro
     // Where the name is a symbolic link, the file it points to is what gets replaced.
     let target: PathBuf = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
     let dir = if target.is_absolute() { parent(&target) } else { dir };
-    let mut temp = tempfile::Builder::new()
+    let temp = tempfile::Builder::new()
         .prefix(".bone-onnx-")
         .permissions(mode_for(&target))
         .tempfile_in(&dir)
         .map_err(Error::io("create a temporary file in", &dir))?;
-    match fill(temp.as_file_mut()) {
-        Ok(()) => {}
-        Err(RopeError::Io(e)) => return Err(Error::io("write", path)(e)),
-        Err(RopeError::Made(e)) => return Err(e),
-    }
+    let mut file = temp.as_file().try_clone().map_err(Error::io("write", path))?;
+    while_syncing(temp.as_file(), || fill(&mut file)).map_err(|e| e.at(path))?;
     if let Ok(old) = fs::metadata(&target) {
         temp.as_file().set_permissions(old.permissions()).map_err(Error::io("set the mode of", path))?;
     }
     temp.as_file().sync_all().map_err(Error::io("write", path))?;
     temp.persist(&target).map_err(|e| Error::io("write", path)(e.error))?;
     sync_dir(&dir)
+}
+
+/// Runs `fill` while another thread keeps sending what it has written to the disk, so that the wait for it at the end
+/// is short.
+fn while_syncing(file: &File, fill: impl FnOnce() -> Result<(), RopeError>) -> Result<(), RopeError> {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let syncing = scope.spawn(|| {
+            // Small files are written before the first look.
+            std::thread::park_timeout(Duration::from_millis(20));
+            while !done.load(Ordering::Acquire) {
+                // A failure shows again in the last sync, which is checked.
+                let _ = file.sync_data();
+                std::thread::park_timeout(Duration::from_millis(5));
+            }
+        });
+        let result = fill();
+        done.store(true, Ordering::Release);
+        syncing.thread().unpark();
+        result
+    })
 }
 
 /// Fills a new directory under a temporary name and moves it to `path`, which must not exist or be a directory that

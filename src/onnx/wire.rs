@@ -118,7 +118,13 @@ pub struct Rope {
 
 enum Piece {
     Ready(Bytes),
-    Due { len: usize, make: Box<dyn FnOnce() -> Result<Vec<u8>> + Send> },
+    Due(Due),
+}
+
+/// Bytes that are made when they are written, piece by piece, so that little of them is ever held.
+pub struct Due {
+    pub len: usize,
+    pub write: Box<dyn FnOnce(&mut dyn Write) -> Result<(), RopeError> + Send>,
 }
 
 impl Rope {
@@ -139,20 +145,16 @@ impl Rope {
         }
     }
 
-    /// `len` bytes that `make` will give when they are written, so that no more than one of them is held at a time.
-    pub fn push_due(&mut self, len: usize, make: impl FnOnce() -> Result<Vec<u8>> + Send + 'static) {
-        self.len += len;
-        self.pieces.push(Piece::Due { len, make: Box::new(make) });
+    pub fn push_due(&mut self, due: Due) {
+        self.len += due.len;
+        self.pieces.push(Piece::Due(due));
     }
 
     pub fn append(&mut self, other: Rope) {
         for piece in other.pieces {
             match piece {
                 Piece::Ready(bytes) => self.push(bytes),
-                Piece::Due { len, make } => {
-                    self.len += len;
-                    self.pieces.push(Piece::Due { len, make });
-                }
+                Piece::Due(due) => self.push_due(due),
             }
         }
     }
@@ -166,12 +168,12 @@ impl Rope {
     }
 
     /// The whole as one buffer.
-    pub fn into_bytes(self) -> Result<Bytes> {
+    pub fn into_bytes(self) -> Result<Bytes, RopeError> {
         let mut out = Vec::with_capacity(self.len);
         for piece in self.pieces {
             match piece {
                 Piece::Ready(bytes) => out.extend_from_slice(&bytes),
-                Piece::Due { len, make } => out.extend_from_slice(&made(len, make)?),
+                Piece::Due(due) => due.write_to(&mut out)?,
             }
         }
         Ok(out.into())
@@ -203,7 +205,7 @@ impl Rope {
                     run.1.push(bytes);
                 }
                 (Piece::Ready(bytes), None) => out.write_all(&bytes)?,
-                (Piece::Due { len, make }, _) => out.write_all(&made(len, make)?)?,
+                (Piece::Due(due), _) => due.write_to(&mut out)?,
             }
         }
         if run_len > 0 {
@@ -238,6 +240,16 @@ pub enum RopeError {
     Made(Error),
 }
 
+impl RopeError {
+    /// As the library's error, for bytes that were to go to `path`.
+    pub fn at(self, path: &std::path::Path) -> Error {
+        match self {
+            Self::Io(e) => Error::io("write", path)(e),
+            Self::Made(e) => e,
+        }
+    }
+}
+
 impl From<std::io::Error> for RopeError {
     fn from(e: std::io::Error) -> Self {
         Self::Io(e)
@@ -250,12 +262,33 @@ impl From<Error> for RopeError {
     }
 }
 
-fn made(len: usize, make: Box<dyn FnOnce() -> Result<Vec<u8>> + Send>) -> Result<Vec<u8>> {
-    let bytes = make()?;
-    if bytes.len() != len {
-        return Err(Error::model(format!("a rewritten tensor has {} bytes where {len} were announced", bytes.len())));
+impl Due {
+    fn write_to(self, out: &mut dyn Write) -> Result<(), RopeError> {
+        let mut counted = Counted { out, written: 0 };
+        (self.write)(&mut counted)?;
+        if counted.written != self.len {
+            let what = format!("a rewritten tensor has {} bytes where {} were announced", counted.written, self.len);
+            return Err(Error::model(what).into());
+        }
+        Ok(())
     }
-    Ok(bytes)
+}
+
+struct Counted<'a> {
+    out: &'a mut dyn Write,
+    written: usize,
+}
+
+impl Write for Counted<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let n = self.out.write(bytes)?;
+        self.written += n;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
 }
 
 fn offset_in(whole: &Bytes, part: &Bytes) -> Option<usize> {
