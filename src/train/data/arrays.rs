@@ -10,17 +10,13 @@ use ndarray_npy::{NpzReader, ReadNpyError, ReadNpzError, ReadableElement};
 use safetensors::{Dtype, SafeTensors};
 
 use super::Column;
+use crate::onnx::external::map_file;
 use crate::onnx::{DataType, Element, Tensor};
 use crate::{Error, Result};
 
 /// The arrays of a `.safetensors` file; no element is copied.
 pub(super) fn safetensors(path: &Path) -> Result<Vec<(String, Column)>> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    let bytes = match file.metadata().map_err(Error::io("read", path))?.len() {
-        0 => Bytes::new(),
-        // SAFETY: the map is read-only and private; truncation by another process while we read would fault.
-        _ => Bytes::from_owner(unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io("read", path))?),
-    };
+    let bytes = map_file(path).map_err(Error::io("open", path))?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|e| Error::file(path, format!("this is not a whole .safetensors file ({e})")))?;
     let mut columns = Vec::new();

@@ -54,6 +54,14 @@ impl Field {
         graph.input.iter().filter(|i| !is_constant(i.name())).map(Self::of).collect()
     }
 
+    /// Size of the last axis, where it is known: the number of classes of an output that scores them.
+    pub fn classes(&self) -> Option<usize> {
+        match self.dims.as_ref()?.last()? {
+            Axis::Known(n) => Some(*n),
+            _ => None,
+        }
+    }
+
     /// The number of rows that every batch must have, where the model is exported with one.
     pub fn fixed_rows(&self) -> Option<usize> {
         match self.dims.as_ref()?.first()? {
@@ -157,6 +165,11 @@ impl<'a> Feed<'a> {
 
     pub fn rows(&self) -> usize {
         self.dataset.rows()
+    }
+
+    /// The file it was read from.
+    pub fn path(&self) -> &std::path::Path {
+        &self.dataset.path
     }
 
     /// Rank of the label array.
