@@ -1,1 +1,334 @@
-//! train
+//! Training: loss graphs, data readers, optimizer, schedule, loop, metrics.
+//!
+//! [`run`] takes an injected model and changes nothing but the values of its trainable initializers. What it leaves in
+//! [`TrainOptions::out`]: `metrics.jsonl` (while it runs), `loss.svg`, `injected.onnx` with the trained values,
+//! `adapter/` in PEFT's form, and `labels.json` where labels were given as names.
+
+mod curve;
+pub mod data;
+mod evaluate;
+mod graph;
+mod loss;
+mod metrics;
+pub mod optimizer;
+mod options;
+mod save;
+pub mod schedule;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+pub use loss::Loss;
+pub use metrics::{EvalReport, StepReport};
+pub use options::TrainOptions;
+
+use crate::adapter::Injection;
+use crate::engine::Engine;
+use crate::onnx::shape::{Dim, Shapes};
+use crate::onnx::{DataType, Model, ValueInfoProto, data_type_name};
+use crate::{Error, Result, did_you_mean};
+use data::{Axis, Batches, Dataset, Feed, Field, Labels, ReadOptions};
+use graph::{ForwardSession, GradientSession, LossModel, Parameter};
+use optimizer::{Group, Optimizer, Scale, clip_factor, global_norm};
+use schedule::Schedule;
+
+/// Watches a run. The library itself prints nothing.
+pub trait Progress {
+    /// Everything was checked and loaded; the first step comes next.
+    fn started(&mut self, _plan: &Plan) {}
+    fn step(&mut self, _report: &StepReport) {}
+    fn evaluated(&mut self, _report: &EvalReport) {}
+    /// Asked before every step: true ends the run early, with everything saved.
+    fn stop(&self) -> bool {
+        false
+    }
+}
+
+/// Watches nothing.
+impl Progress for () {}
+
+/// What a run is going to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    pub rows: usize,
+    pub eval_rows: Option<usize>,
+    pub batch_size: usize,
+    pub steps: usize,
+    pub steps_per_epoch: usize,
+    /// The output that the loss looks at.
+    pub output: String,
+    /// Numbers that are trained.
+    pub trainable: usize,
+}
+
+/// What a run did.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    pub steps: Vec<StepReport>,
+    pub evals: Vec<EvalReport>,
+    /// True where [`Progress::stop`] ended it.
+    pub stopped: bool,
+    pub seconds: f64,
+    /// Class names in order of their ids, where labels were given as names.
+    pub label_names: Option<Vec<String>>,
+    pub injected: PathBuf,
+    pub adapter: PathBuf,
+}
+
+/// Trains the adapters and the head of `model`.
+///
+/// # Errors
+/// Before anything is written: an unusable setting, a model without adapters, data that does not fit, operators without
+/// a derivative rule. Later: a loss or gradient that is not finite ends the run; the last values whose loss was finite
+/// are saved, and the message says which step it was.
+pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress: &mut dyn Progress) -> Result<Summary> {
+    options.validate()?;
+    let injection = Injection::expect(model)?;
+    let parameters = graph::parameters(model, &injection)?;
+    if parameters.is_empty() {
+        return Err(Error::file(&model.path, "nothing in it is trainable; inject an adapter or a head first"));
+    }
+    let inputs = Field::inputs(model.graph());
+    let output = output_field(model, &injection, options.output.as_deref())?;
+    let labels = Labels { name: &options.labels, kind: options.loss.label_kind(), output: &output };
+
+    let open = |path: &Path, label_names| {
+        let read =
+            ReadOptions { inputs: &inputs, labels: labels.name, kind: labels.kind, text: &options.text, label_names };
+        Dataset::open(path, &read)
+    };
+    let dataset = open(&options.data, None)?;
+    let eval_set = options.eval_data.as_ref().map(|p| open(p, dataset.label_names.as_deref())).transpose()?;
+    let feed = checked_feed(&dataset, &inputs, &labels)?;
+    let eval_feed = eval_set.as_ref().map(|set| checked_feed(set, &inputs, &labels)).transpose()?;
+    let batch_size = batch_size(&inputs, options.batch_size, std::iter::once(&feed).chain(&eval_feed))?;
+
+    let loss_model = LossModel::new(model, &injection, &parameters, options.loss, &output, feed.label_rank())?;
+    let gradient = loss_model.gradient(engine, &options.load)?;
+    let eval = match eval_feed {
+        Some(feed) => Some((loss_model.forward(engine, &options.load)?, feed)),
+        None => None,
+    };
+    drop(loss_model);
+
+    std::fs::create_dir_all(&options.out).map_err(Error::io("create", &options.out))?;
+    if let Some(names) = &dataset.label_names {
+        save::labels(names, &options.out.join("labels.json"))?;
+    }
+    let batches = Batches::new(feed.rows(), batch_size, options.shuffle.then_some(options.seed));
+    let steps = options.steps.unwrap_or_else(|| options.epochs.unwrap_or(3).saturating_mul(batches.per_epoch()));
+    progress.started(&Plan {
+        rows: feed.rows(),
+        eval_rows: eval.as_ref().map(|(_, feed)| feed.rows()),
+        batch_size,
+        steps,
+        steps_per_epoch: batches.per_epoch(),
+        output: output.name.clone(),
+        trainable: parameters.iter().map(|p| p.value.len()).sum(),
+    });
+    let begun = Instant::now();
+    let mut trainer = Trainer {
+        options,
+        optimizer: optimizer(options, &parameters),
+        schedule: Schedule { shape: options.schedule, warmup: options.warmup_steps, total: steps },
+        parameters,
+        last_good: Vec::new(),
+        batches,
+        gradient,
+        eval,
+        metrics: metrics::MetricsFile::create(&options.out.join("metrics.jsonl"))?,
+        steps: Vec::new(),
+        evals: Vec::new(),
+    };
+    let outcome = trainer.steps(steps, &feed, progress);
+
+    let injected = options.out.join("injected.onnx");
+    let adapter = options.out.join("adapter");
+    // Whatever ended the run, the steps that were taken are kept.
+    if !trainer.steps.is_empty() {
+        save::injected(model, &trainer.parameters, &injected)?;
+        save::adapters(&injection, &trainer.parameters, &adapter)?;
+        let title = format!("Training loss ({})", output.name);
+        let picture = curve::svg(&title, &trainer.steps, &trainer.evals)
+            .map_err(|what| Error::model(format!("the loss curve could not be drawn: {what}")))?;
+        save::file(&options.out.join("loss.svg"), picture.into_bytes())?;
+    }
+    Ok(Summary {
+        stopped: outcome?,
+        steps: trainer.steps,
+        evals: trainer.evals,
+        seconds: begun.elapsed().as_secs_f64(),
+        label_names: dataset.label_names,
+        injected,
+        adapter,
+    })
+}
+
+/// The state of a run between two steps.
+struct Trainer<'a> {
+    options: &'a TrainOptions,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    parameters: Vec<Parameter>,
+    /// The parameters' values before the last update: those that the last finite loss was computed from.
+    last_good: Vec<Parameter>,
+    batches: Batches,
+    gradient: GradientSession,
+    eval: Option<(ForwardSession, Feed<'a>)>,
+    metrics: metrics::MetricsFile,
+    steps: Vec<StepReport>,
+    evals: Vec<EvalReport>,
+}
+
+impl Trainer<'_> {
+    /// Takes `total` steps; true where `progress` asked to stop before that.
+    fn steps(&mut self, total: usize, feed: &Feed, progress: &mut dyn Progress) -> Result<bool> {
+        for step in 1..=total {
+            if progress.stop() {
+                return Ok(true);
+            }
+            let begun = Instant::now();
+            let batch = feed.batch(self.batches.next_rows())?;
+            let (loss, gradients) = self.gradient.run(&self.parameters, &batch)?;
+            let gradients: Vec<&[f32]> = gradients.iter().map(|g| g.values().unwrap_or_default()).collect();
+            let grad_norm = global_norm(gradients.iter().copied());
+            if !loss.is_finite() || !grad_norm.is_finite() {
+                let what = if loss.is_finite() { "gradient" } else { "loss" };
+                return Err(self.not_finite(what, step));
+            }
+            let factor = self.schedule.factor(step - 1);
+            let clip = self.options.max_grad_norm.map_or(1.0, |max| clip_factor(grad_norm, max));
+            self.keep();
+            let values = self.parameters.iter_mut().map(Parameter::values_mut);
+            self.optimizer.step(values.zip(gradients), Scale { lr: factor, gradient: clip });
+
+            let seconds = begun.elapsed().as_secs_f64();
+            let report = StepReport { step, loss, lr: self.options.lr * factor, grad_norm, seconds };
+            self.steps.push(report);
+            self.metrics.write(&report)?;
+            progress.step(&report);
+            if !self.parameters.iter().all(Parameter::is_finite) {
+                return Err(self.not_finite("updated parameters", step));
+            }
+            if (self.batches.at_epoch_end() || step == total)
+                && let Some((session, feed)) = &mut self.eval
+            {
+                let size = self.batches.size();
+                let report = evaluate::evaluate(session, &self.parameters, feed, self.options.loss, size, step)?;
+                self.evals.push(report);
+                self.metrics.write(&report)?;
+                progress.evaluated(&report);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Remembers the parameters as they are, in the memory of the last time.
+    fn keep(&mut self) {
+        if self.last_good.is_empty() {
+            self.last_good = self.parameters.clone();
+        } else {
+            for (kept, now) in self.last_good.iter_mut().zip(&self.parameters) {
+                kept.values_mut().copy_from_slice(now.value.values().unwrap_or_default());
+            }
+        }
+    }
+
+    /// Goes back to the last good values and says what happened.
+    fn not_finite(&mut self, what: &str, step: usize) -> Error {
+        let kept = if self.last_good.is_empty() {
+            "before anything was trained, so the data or the model hold values that are not finite or too large".into()
+        } else {
+            std::mem::swap(&mut self.parameters, &mut self.last_good);
+            format!(
+                "the last values with a finite loss are saved in {}. Try a lower lr, warm-up steps or a max-grad-norm",
+                self.options.out.display()
+            )
+        };
+        Error::Check(format!("training stopped at step {step}: the {what} became NaN or infinite; {kept}"))
+    }
+}
+
+fn optimizer(options: &TrainOptions, parameters: &[Parameter]) -> Optimizer {
+    let group = |p: &Parameter| Group {
+        lr: options.head_lr.filter(|_| p.full).unwrap_or(options.lr),
+        weight_decay: if p.decays { options.weight_decay } else { 0.0 },
+    };
+    Optimizer::new(options.optimizer, parameters.iter().map(|p| (p.value.len(), group(p))))
+}
+
+fn checked_feed<'a>(dataset: &'a Dataset, inputs: &'a [Field], labels: &Labels<'a>) -> Result<Feed<'a>> {
+    let feed = Feed::new(dataset, inputs, labels)?;
+    if labels.kind == data::LabelKind::Class
+        && let Some(classes) = labels.output.classes()
+    {
+        feed.check_classes(classes)?;
+    }
+    Ok(feed)
+}
+
+/// Rows per batch: as asked, but a model exported for a fixed number of rows decides itself.
+fn batch_size<'a>(inputs: &[Field], wanted: Option<usize>, feeds: impl Iterator<Item = &'a Feed<'a>>) -> Result<usize> {
+    let Some((fixed, input)) = inputs.iter().find_map(|i| Some((i.fixed_rows()?, i))) else {
+        return Ok(wanted.unwrap_or(8));
+    };
+    if wanted.is_some_and(|w| w != fixed) {
+        return Err(Error::config(format!(
+            "the model's input {} is fixed to {fixed} rows, so the batch-size has to be {fixed}",
+            input.name
+        )));
+    }
+    for feed in feeds {
+        if fixed == 0 || feed.rows() % fixed != 0 {
+            return Err(Error::data(format!(
+                "{}: the model's input {} is fixed to {fixed} rows, and {} rows cannot be split into such batches",
+                feed.path().display(),
+                input.name,
+                feed.rows()
+            )));
+        }
+    }
+    Ok(fixed)
+}
+
+/// The output to train: the one named, else the head's, else the only one.
+fn output_field(model: &Model, injection: &Injection, wanted: Option<&str>) -> Result<Field> {
+    let outputs = &model.graph().output;
+    let names = || outputs.iter().map(ValueInfoProto::name);
+    let list = || names().collect::<Vec<_>>().join(", ");
+    let name = match (wanted.or(injection.head.as_ref().map(|h| h.name.as_str())), outputs.as_slice()) {
+        (Some(name), _) => name,
+        (None, [only]) => only.name(),
+        _ => {
+            return Err(Error::config(format!("the model has several outputs ({}); choose one with --output", list())));
+        }
+    };
+    let info = outputs.iter().find(|o| o.name() == name).ok_or_else(|| {
+        Error::config(format!("{name:?} is no output of the model ({}).{}", list(), did_you_mean(name, names())))
+    })?;
+    let mut field = Field::of(info);
+    if field.classes().is_none() {
+        complete(&mut field, model);
+    }
+    match field.data_type {
+        None | Some(DataType::Float) => Ok(field),
+        Some(other) => {
+            Err(Error::model(format!("output {name} is {}; only float32 outputs are trained", data_type_name(other))))
+        }
+    }
+}
+
+/// Fills in what shape inference knows of an output beyond what the file declares.
+fn complete(field: &mut Field, model: &Model) {
+    let shapes = Shapes::infer(&model.proto, &BTreeMap::new());
+    let Some(inferred) = shapes.dims(&field.name) else { return };
+    let dims = field.dims.get_or_insert_with(|| vec![Axis::Free; inferred.len()]);
+    for (axis, inferred) in dims.iter_mut().zip(inferred) {
+        if let (Axis::Free | Axis::Named(_), Dim::Known(n)) = (&axis, inferred)
+            && let Ok(n) = usize::try_from(*n)
+        {
+            *axis = Axis::Known(n);
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! Which rows make up which batch: epochs in an order that depends on the seed alone.
+
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+/// Batches without end, epoch after epoch; the last one of an epoch may be short.
+#[derive(Debug, Clone)]
+pub struct Batches {
+    order: Vec<usize>,
+    size: usize,
+    /// `None`: always in the file's order.
+    seed: Option<u64>,
+    epoch: u64,
+    at: usize,
+}
+
+impl Batches {
+    /// `size` rows at a time out of `rows` (both at least 1); shuffled anew in each epoch where a seed is given.
+    pub fn new(rows: usize, size: usize, seed: Option<u64>) -> Self {
+        let mut batches = Self { order: (0..rows).collect(), size: size.max(1), seed, epoch: 0, at: 0 };
+        batches.arrange();
+        batches
+    }
+
+    /// Rows of a full batch.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Batches in one epoch.
+    pub fn per_epoch(&self) -> usize {
+        self.order.len().div_ceil(self.size)
+    }
+
+    /// The rows of the next batch; begins a new epoch after the last.
+    pub fn next_rows(&mut self) -> &[usize] {
+        if self.at >= self.order.len() {
+            self.at = 0;
+            self.epoch += 1;
+            self.arrange();
+        }
+        let from = self.at;
+        self.at = (from + self.size).min(self.order.len());
+        &self.order[from..self.at]
+    }
+
+    /// True right after the last batch of an epoch.
+    pub fn at_epoch_end(&self) -> bool {
+        self.at == self.order.len()
+    }
+
+    /// An epoch's order follows from seed and epoch number, not from the epochs before it.
+    fn arrange(&mut self) {
+        let Some(seed) = self.seed else { return };
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(self.epoch);
+        self.order.sort_unstable();
+        self.order.shuffle(&mut rng);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn take(batches: &mut Batches, n: usize) -> Vec<Vec<usize>> {
+        (0..n).map(|_| batches.next_rows().to_vec()).collect()
+    }
+
+    #[test]
+    fn in_order_they_go_round_and_keep_the_short_one() {
+        let mut batches = Batches::new(5, 2, None);
+        assert_eq!(batches.per_epoch(), 3);
+        assert_eq!(take(&mut batches, 3), [vec![0, 1], vec![2, 3], vec![4]]);
+        assert!(batches.at_epoch_end());
+        assert_eq!(take(&mut batches, 1), [vec![0, 1]]);
+        assert!(!batches.at_epoch_end());
+    }
+
+    #[test]
+    fn shuffled_epochs_hold_every_row_once_and_depend_on_the_seed_alone() {
+        let epochs = |seed| {
+            let mut batches = Batches::new(10, 4, Some(seed));
+            (take(&mut batches, 3).concat(), take(&mut batches, 3).concat())
+        };
+        let (first, second) = epochs(7);
+        for epoch in [&first, &second] {
+            let mut sorted = epoch.clone();
+            sorted.sort_unstable();
+            assert_eq!(sorted, (0..10).collect::<Vec<_>>());
+        }
+        assert_ne!(first, second);
+        assert_eq!(epochs(7), (first.clone(), second));
+        assert_ne!(epochs(8).0, first);
+    }
+}

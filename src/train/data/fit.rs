@@ -1,0 +1,266 @@
+//! Does the data fit the model? Everything that can be known before the first step is checked here, and the message
+//! names the file, the array, what was wanted and what was found.
+
+use std::collections::BTreeMap;
+
+use super::{Column, Dataset, LabelKind, widens};
+use crate::onnx::proto::tensor_shape_proto::dimension::Value as DimValue;
+use crate::onnx::proto::type_proto;
+use crate::onnx::{DataType, GraphProto, Tensor, ValueInfoProto, data_type_name};
+use crate::{Error, Result, did_you_mean};
+
+/// Labels of this value are left out of a cross-entropy (PyTorch's `ignore_index`).
+pub const IGNORE: i64 = -100;
+
+/// One axis of a model's input or output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Axis {
+    Known(usize),
+    /// Equal wherever the name stands.
+    Named(String),
+    Free,
+}
+
+/// A model's input or output as it declares itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Field {
+    pub name: String,
+    pub data_type: Option<DataType>,
+    /// `None` where not even the rank is known.
+    pub dims: Option<Vec<Axis>>,
+}
+
+impl Field {
+    pub fn of(info: &ValueInfoProto) -> Self {
+        let tensor = match info.r#type.as_ref().and_then(|t| t.value.as_ref()) {
+            Some(type_proto::Value::TensorType(tensor)) => Some(tensor),
+            _ => None,
+        };
+        let dims = tensor.and_then(|t| t.shape.as_ref()).map(|shape| {
+            let axis = |value: &Option<DimValue>| match value {
+                Some(DimValue::DimValue(n)) => usize::try_from(*n).map_or(Axis::Free, Axis::Known),
+                Some(DimValue::DimParam(name)) if !name.is_empty() => Axis::Named(name.clone()),
+                _ => Axis::Free,
+            };
+            shape.dim.iter().map(|d| axis(&d.value)).collect()
+        });
+        let data_type = tensor.and_then(|t| DataType::try_from(t.elem_type()).ok());
+        Self { name: info.name().into(), data_type: data_type.filter(|t| *t != DataType::Undefined), dims }
+    }
+
+    /// The inputs that have to be given (initializers may be listed among a graph's inputs too).
+    pub fn inputs(graph: &GraphProto) -> Vec<Self> {
+        let is_constant = |name: &str| graph.initializer.iter().any(|t| t.name() == name);
+        graph.input.iter().filter(|i| !is_constant(i.name())).map(Self::of).collect()
+    }
+
+    /// Size of the last axis, where it is known: the number of classes of an output that scores them.
+    pub fn classes(&self) -> Option<usize> {
+        match self.dims.as_ref()?.last()? {
+            Axis::Known(n) => Some(*n),
+            _ => None,
+        }
+    }
+
+    /// The number of rows that every batch must have, where the model is exported with one.
+    pub fn fixed_rows(&self) -> Option<usize> {
+        match self.dims.as_ref()?.first()? {
+            Axis::Known(n) => Some(*n),
+            _ => None,
+        }
+    }
+}
+
+/// What the loss wants of the labels.
+#[derive(Debug, Clone)]
+pub struct Labels<'a> {
+    /// Name of the column.
+    pub name: &'a str,
+    pub kind: LabelKind,
+    /// The output that is compared with them; for classes, its last axis is one score per class.
+    pub output: &'a Field,
+}
+
+/// A dataset whose columns were checked against a model.
+#[derive(Debug)]
+pub struct Feed<'a> {
+    dataset: &'a Dataset,
+    inputs: Vec<(&'a str, &'a Column, DataType)>,
+    labels: (&'a str, &'a Column, DataType),
+}
+
+/// One batch: a tensor for each of the model's inputs, by name, and the labels.
+#[derive(Debug)]
+pub struct Batch {
+    pub inputs: Vec<(String, Tensor)>,
+    pub labels: Tensor,
+}
+
+impl<'a> Feed<'a> {
+    /// # Errors
+    /// An input without an array, an array without an input, a wrong type or shape, labels missing.
+    pub fn new(dataset: &'a Dataset, inputs: &'a [Field], labels: &Labels<'a>) -> Result<Self> {
+        let bad = |what: String| Error::data(format!("{}: {what}", dataset.path.display()));
+        let arrays = || dataset.names().collect::<Vec<_>>().join(", ");
+        let Some(column) = dataset.column(labels.name) else {
+            let near = did_you_mean(labels.name, dataset.names());
+            return Err(bad(format!(
+                "no array {:?} with the labels (there are: {}); name it with --labels.{near}",
+                labels.name,
+                arrays()
+            )));
+        };
+        for name in dataset.names().filter(|n| *n != labels.name) {
+            if !inputs.iter().any(|i| i.name == name) {
+                let near = did_you_mean(name, inputs.iter().map(|i| i.name.as_str()));
+                let names: Vec<&str> = inputs.iter().map(|i| i.name.as_str()).collect();
+                return Err(bad(format!(
+                    "array {name} is no input of the model, whose inputs are {}.{near}",
+                    names.join(", ")
+                )));
+            }
+        }
+        let mut sizes = BTreeMap::new();
+        let mut bound = Vec::new();
+        for input in inputs {
+            let Some(column) = dataset.column(&input.name).filter(|_| input.name != labels.name) else {
+                let near = did_you_mean(&input.name, dataset.names());
+                return Err(bad(format!(
+                    "no array for the model's input {} (there are: {}).{near}",
+                    input.name,
+                    arrays()
+                )));
+            };
+            let data_type = input.data_type.unwrap_or(column.data_type());
+            if !widens(column.data_type(), data_type) {
+                return Err(bad(wrong_type(&input.name, column.data_type(), data_type)));
+            }
+            if let Some(dims) = &input.dims {
+                check_dims(&input.name, column, dims, &mut sizes).map_err(bad)?;
+            }
+            bound.push((input.name.as_str(), column, data_type));
+        }
+        let data_type = match labels.kind {
+            LabelKind::Class => DataType::Int64,
+            LabelKind::Number => DataType::Float,
+        };
+        if !widens(column.data_type(), data_type) {
+            return Err(bad(wrong_type(labels.name, column.data_type(), data_type)));
+        }
+        if let Some(dims) = &labels.output.dims {
+            let wanted = match labels.kind {
+                LabelKind::Class => &dims[..dims.len().saturating_sub(1)],
+                // One number a row may stand without the axis of length one that the output has.
+                LabelKind::Number
+                    if column.row_dims().len() + 2 == dims.len() && dims.last() == Some(&Axis::Known(1)) =>
+                {
+                    &dims[..dims.len() - 1]
+                }
+                LabelKind::Number => dims,
+            };
+            check_dims(labels.name, column, wanted, &mut sizes).map_err(bad)?;
+        }
+        Ok(Self { dataset, inputs: bound, labels: (labels.name, column, data_type) })
+    }
+
+    pub fn rows(&self) -> usize {
+        self.dataset.rows()
+    }
+
+    /// The file it was read from.
+    pub fn path(&self) -> &std::path::Path {
+        &self.dataset.path
+    }
+
+    /// Rank of the label array.
+    pub fn label_rank(&self) -> usize {
+        self.labels.1.row_dims().len() + 1
+    }
+
+    /// Fails unless every label is a class below `classes` or [`IGNORE`], and at least one is a class.
+    pub fn check_classes(&self, classes: usize) -> Result<()> {
+        let (name, column, data_type) = self.labels;
+        let bad = |what: String| Error::data(format!("{}: {what}", self.dataset.path.display()));
+        let mut used = false;
+        for row in 0..self.rows() {
+            let labels = column.gather(&[row], data_type).map_err(bad)?;
+            for label in labels.values::<i64>().unwrap_or_default() {
+                match usize::try_from(*label) {
+                    Ok(class) if class < classes => used = true,
+                    _ if *label == IGNORE => {}
+                    _ => {
+                        return Err(bad(format!(
+                            "array {name}, row {row}: label {label} is out of range; the output has {classes} classes, \
+                             so labels go from 0 to {} ({IGNORE} for none)",
+                            classes.saturating_sub(1)
+                        )));
+                    }
+                }
+            }
+        }
+        if used {
+            Ok(())
+        } else {
+            Err(bad(format!("array {name}: all labels are {IGNORE}, so there is nothing to learn")))
+        }
+    }
+
+    /// The given rows.
+    pub fn batch(&self, rows: &[usize]) -> Result<Batch> {
+        let gather = |name: &str, column: &Column, data_type| {
+            column
+                .gather(rows, data_type)
+                .map_err(|what| Error::data(format!("{}: array {name}: {what}", self.dataset.path.display())))
+        };
+        let inputs = self
+            .inputs
+            .iter()
+            .map(|(name, column, data_type)| Ok((name.to_string(), gather(name, column, *data_type)?)))
+            .collect::<Result<_>>()?;
+        let (name, column, data_type) = self.labels;
+        Ok(Batch { inputs, labels: gather(name, column, data_type)? })
+    }
+}
+
+fn wrong_type(array: &str, found: DataType, wanted: DataType) -> String {
+    let (found, wanted) = (data_type_name(found), data_type_name(wanted));
+    format!("array {array} holds {found}, but {wanted} is wanted; convert it (NumPy: {array}.astype(\"{wanted}\"))")
+}
+
+/// Compares the rows of `column` with a value's axes (the first one is the batch). `sizes` keeps what each named axis
+/// was seen to be.
+fn check_dims<'a>(
+    name: &'a str,
+    column: &Column,
+    wanted: &[Axis],
+    sizes: &mut BTreeMap<String, (usize, &'a str)>,
+) -> Result<(), String> {
+    let found = column.row_dims();
+    let shape = || {
+        let axis = |a: &Axis| match a {
+            Axis::Known(n) => n.to_string(),
+            Axis::Named(name) => name.clone(),
+            Axis::Free => "?".into(),
+        };
+        let found = found.iter().map(|d| d.map_or("?".into(), |n| n.to_string()));
+        let found: Vec<String> = std::iter::once(column.rows().to_string()).chain(found).collect();
+        let wanted: Vec<String> = wanted.iter().map(axis).collect();
+        format!("array {name} has shape [{}], but [{}] is wanted", found.join(", "), wanted.join(", "))
+    };
+    if found.len() + 1 != wanted.len() {
+        return Err(shape());
+    }
+    for (found, wanted) in found.iter().zip(&wanted[1..]) {
+        match (found, wanted) {
+            (Some(n), Axis::Known(want)) if n != want => return Err(shape()),
+            (Some(n), Axis::Named(axis)) => {
+                let (seen, first) = sizes.entry(axis.clone()).or_insert((*n, name));
+                if seen != n {
+                    return Err(format!("{} where {axis} is {seen} in array {first}", shape()));
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,193 @@
+//! The models that training runs: parameters as inputs, the loss behind the output, the gradients.
+
+use std::collections::{BTreeMap, HashSet};
+
+use super::data::{Batch, Field};
+use super::loss::{self, Loss, LossNames};
+use crate::adapter::Injection;
+use crate::autodiff::{self, Request, Seed};
+use crate::engine::{Engine, LoadOptions, Session};
+use crate::onnx::{DataType, Model, ModelProto, Tensor, value_info};
+use crate::{Error, Result};
+
+/// An initializer that is trained.
+#[derive(Debug, Clone)]
+pub struct Parameter {
+    pub name: String,
+    /// Its place among the main graph's initializers in the file.
+    pub index: usize,
+    /// True for a layer trained in full.
+    pub full: bool,
+    /// False for biases of layers trained in full, which weight decay leaves alone (as transformers' Trainer does).
+    pub decays: bool,
+    /// float32, its value by now.
+    pub value: Tensor,
+}
+
+impl Parameter {
+    /// The values, row-major.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        match &mut self.value {
+            Tensor::F32(array) => array.as_slice_mut().unwrap_or_default(),
+            _ => &mut [],
+        }
+    }
+
+    pub fn is_finite(&self) -> bool {
+        self.value.values::<f32>().is_some_and(|v| v.iter().all(|v| v.is_finite()))
+    }
+}
+
+/// All that training changes, with the values that the file starts from.
+///
+/// # Errors
+/// A parameter of the record that is no float32 initializer of the main graph.
+pub fn parameters(model: &Model, injection: &Injection) -> Result<Vec<Parameter>> {
+    let graph = model.graph();
+    injection
+        .trainable()
+        .into_iter()
+        .map(|trainable| {
+            let name = trainable.name;
+            let index = graph.initializer.iter().position(|t| t.name() == name).ok_or_else(|| {
+                Error::file(&model.path, format!("parameter {name} of the injection record is no initializer"))
+            })?;
+            let value = model.tensor(&graph.initializer[index])?;
+            if value.data_type() != DataType::Float {
+                return Err(Error::file(&model.path, format!("parameter {name} is not float32; only that is trained")));
+            }
+            let decays = injection.head.as_ref().is_none_or(|h| h.bias != name);
+            Ok(Parameter { name, index, full: trainable.full, decays, value })
+        })
+        .collect()
+}
+
+/// The model that is differentiated: what `injected` computes, in whatever form trains fastest.
+fn training_form(injected: ModelProto, _injection: &Injection) -> Result<ModelProto> {
+    Ok(injected)
+}
+
+/// A loss over a model whose parameters are inputs, ready to be loaded with or without gradients.
+pub struct LossModel {
+    model: ModelProto,
+    names: LossNames,
+    output: String,
+    parameters: Vec<String>,
+}
+
+impl LossModel {
+    /// Puts `loss` behind `output` of the injected model; labels have rank `label_rank`.
+    pub fn new(
+        model: &Model,
+        injection: &Injection,
+        parameters: &[Parameter],
+        loss: Loss,
+        output: &Field,
+        label_rank: usize,
+    ) -> Result<Self> {
+        let mut proto = training_form(model.to_inline()?, injection)?;
+        promote(&mut proto, parameters);
+        let names = loss::append(&mut proto, loss, output, label_rank)?;
+        if let Some(graph) = &mut proto.graph {
+            graph.output.retain(|o| o.name() == output.name || o.name() == names.loss);
+        }
+        let parameters = parameters.iter().map(|p| p.name.clone()).collect();
+        Ok(Self { model: proto, names, output: output.name.clone(), parameters })
+    }
+
+    /// Derives the gradients and loads them with the loss.
+    ///
+    /// # Errors
+    /// Every operator on the way from the loss to a parameter that has no derivative rule, by name.
+    pub fn gradient(&self, engine: &dyn Engine, options: &LoadOptions) -> Result<GradientSession> {
+        let mut model = self.model.clone();
+        if let Some(graph) = &mut model.graph {
+            graph.output.retain(|o| o.name() == self.names.loss);
+        }
+        let request = Request {
+            of: vec![(self.names.loss.clone(), Seed::One)],
+            wrt: self.parameters.clone(),
+            input_dims: BTreeMap::new(),
+        };
+        let gradient = autodiff::gradient(&model, &request)?;
+        let session = engine.load(&gradient.model, options)?;
+        let wanted = std::iter::once(self.names.loss.clone()).chain(gradient.gradients).collect();
+        Ok(GradientSession { session, labels: self.names.labels.clone(), wanted })
+    }
+
+    /// Loads the loss and the output it is made of, without gradients.
+    pub fn forward(&self, engine: &dyn Engine, options: &LoadOptions) -> Result<ForwardSession> {
+        let session = engine.load(&self.model, options)?;
+        let wanted = [self.names.loss.clone(), self.output.clone()];
+        Ok(ForwardSession { session, labels: self.names.labels.clone(), wanted })
+    }
+}
+
+/// Makes the parameters inputs of the graph instead of constants.
+fn promote(model: &mut ModelProto, parameters: &[Parameter]) {
+    let Some(graph) = &mut model.graph else { return };
+    let promoted: HashSet<&str> = parameters.iter().map(|p| p.name.as_str()).collect();
+    graph.initializer.retain(|t| !promoted.contains(t.name()));
+    graph.input.retain(|i| !promoted.contains(i.name()));
+    for Parameter { name, value, .. } in parameters {
+        let dims: Vec<String> = value.dims().iter().map(usize::to_string).collect();
+        let dims: Vec<&str> = dims.iter().map(String::as_str).collect();
+        graph.input.push(value_info(name, DataType::Float, &dims));
+    }
+}
+
+/// Loss and gradients of a batch.
+pub struct GradientSession {
+    session: Box<dyn Session>,
+    labels: String,
+    /// The loss, then a gradient for each parameter.
+    wanted: Vec<String>,
+}
+
+impl GradientSession {
+    /// The loss and, for each parameter in its order, the gradient in the parameter's shape.
+    pub fn run(&mut self, parameters: &[Parameter], batch: &Batch) -> Result<(f64, Vec<Tensor>)> {
+        let wanted: Vec<&str> = self.wanted.iter().map(String::as_str).collect();
+        let mut gradients = self.session.run(&inputs(parameters, batch, &self.labels), &wanted)?;
+        let loss = scalar(gradients.remove(0))?;
+        for (parameter, gradient) in parameters.iter().zip(&gradients) {
+            if gradient.data_type() != DataType::Float || gradient.dims() != parameter.value.dims() {
+                return Err(Error::model(format!(
+                    "the gradient of {} came out as {:?} {:?} instead of float32 {:?}",
+                    parameter.name,
+                    gradient.data_type(),
+                    gradient.dims(),
+                    parameter.value.dims()
+                )));
+            }
+        }
+        Ok((loss, gradients))
+    }
+}
+
+/// Loss and output of a batch.
+pub struct ForwardSession {
+    session: Box<dyn Session>,
+    labels: String,
+    wanted: [String; 2],
+}
+
+impl ForwardSession {
+    pub fn run(&mut self, parameters: &[Parameter], batch: &Batch) -> Result<(f64, Tensor)> {
+        let wanted: Vec<&str> = self.wanted.iter().map(String::as_str).collect();
+        let mut out = self.session.run(&inputs(parameters, batch, &self.labels), &wanted)?;
+        let output = out.pop().ok_or_else(|| Error::model("the model gave no output"))?;
+        Ok((scalar(out.remove(0))?, output))
+    }
+}
+
+fn inputs<'a>(parameters: &'a [Parameter], batch: &'a Batch, labels: &'a str) -> Vec<(&'a str, &'a Tensor)> {
+    let parameters = parameters.iter().map(|p| (p.name.as_str(), &p.value));
+    let data = batch.inputs.iter().map(|(name, value)| (name.as_str(), value));
+    parameters.chain(data).chain([(labels, &batch.labels)]).collect()
+}
+
+fn scalar(loss: Tensor) -> Result<f64> {
+    loss.as_f64()
+        .ok_or_else(|| Error::model(format!("the loss came out with shape {:?}, not as one number", loss.dims())))
+}

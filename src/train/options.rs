@@ -1,0 +1,132 @@
+//! What a run is asked to do.
+
+use std::path::PathBuf;
+
+use super::data::TextOptions;
+use super::loss::Loss;
+use super::optimizer::Rule;
+use super::schedule::Shape;
+use crate::engine::LoadOptions;
+use crate::{Error, Result};
+
+/// Settings of a run; the field names are the command line's flags.
+#[derive(Debug, Clone)]
+pub struct TrainOptions {
+    /// Directory for everything the run leaves behind.
+    pub out: PathBuf,
+    pub data: PathBuf,
+    pub eval_data: Option<PathBuf>,
+    pub loss: Loss,
+    /// The output that is trained; `None`: the head's, or the model's only one.
+    pub output: Option<String>,
+    /// Name of the array with the labels.
+    pub labels: String,
+    pub text: TextOptions,
+    pub optimizer: Rule,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Peak learning rate of layers trained in full; `None`: as `lr`.
+    pub head_lr: Option<f64>,
+    pub weight_decay: f64,
+    pub schedule: Shape,
+    pub warmup_steps: usize,
+    /// Gradients are clipped to this global norm.
+    pub max_grad_norm: Option<f64>,
+    /// `None`: what the model is exported for, else 8 (transformers' default).
+    pub batch_size: Option<usize>,
+    /// Length of the run; with neither, 3 epochs (transformers' default).
+    pub steps: Option<usize>,
+    pub epochs: Option<usize>,
+    /// Another order in every epoch; false: the file's.
+    pub shuffle: bool,
+    pub seed: u64,
+    pub load: LoadOptions,
+}
+
+impl TrainOptions {
+    /// AdamW's defaults are torch's, but without weight decay.
+    pub fn new(out: impl Into<PathBuf>, data: impl Into<PathBuf>, loss: Loss) -> Self {
+        Self {
+            out: out.into(),
+            data: data.into(),
+            eval_data: None,
+            loss,
+            output: None,
+            labels: "labels".into(),
+            text: TextOptions::default(),
+            optimizer: Rule::AdamW { betas: (0.9, 0.999), eps: 1e-8 },
+            lr: 1e-3,
+            head_lr: None,
+            weight_decay: 0.0,
+            schedule: Shape::Constant,
+            warmup_steps: 0,
+            max_grad_norm: None,
+            batch_size: None,
+            steps: None,
+            epochs: None,
+            shuffle: true,
+            seed: 0,
+            load: LoadOptions { threads: None, optimize: true },
+        }
+    }
+
+    /// Fails on a setting that no run can have; the message names the flag.
+    pub(super) fn validate(&self) -> Result<()> {
+        let positive = |v: f64| v > 0.0 && v.is_finite();
+        let not_negative = |v: f64| v >= 0.0 && v.is_finite();
+        let (betas, eps) = match self.optimizer {
+            Rule::AdamW { betas, eps } => ([betas.0, betas.1], eps),
+            Rule::Sgd => ([0.0; 2], 1.0),
+        };
+        let rules = [
+            (positive(self.lr), "lr", "a number above 0"),
+            (self.head_lr.is_none_or(positive), "head-lr", "a number above 0"),
+            (not_negative(self.weight_decay), "weight-decay", "a number from 0"),
+            (betas.iter().all(|b| (0.0..1.0).contains(b)), "betas", "two numbers from 0 to below 1"),
+            (positive(eps), "eps", "a number above 0"),
+            (self.max_grad_norm.is_none_or(positive), "max-grad-norm", "a number above 0"),
+            (self.batch_size != Some(0), "batch-size", "at least 1"),
+            (self.steps != Some(0), "steps", "at least 1"),
+            (self.epochs != Some(0), "epochs", "at least 1"),
+            (self.text.max_length != Some(0), "max-length", "at least 1"),
+            (self.load.threads != Some(0), "threads", "at least 1"),
+        ];
+        if let Some((_, flag, wanted)) = rules.iter().find(|(holds, ..)| !holds) {
+            return Err(Error::config(format!("{flag} has to be {wanted}")));
+        }
+        if self.steps.is_some() && self.epochs.is_some() {
+            return Err(Error::config("give steps or epochs, not both"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn impossible_settings_are_named() {
+        let with = |change: fn(&mut TrainOptions)| {
+            let mut options = TrainOptions::new("out", "data", Loss::Mse);
+            change(&mut options);
+            options.validate()
+        };
+        assert!(with(|_| ()).is_ok());
+        let cases: [(fn(&mut TrainOptions), &str); 9] = [
+            (|o| o.lr = f64::NAN, "lr"),
+            (|o| o.head_lr = Some(-1.0), "head-lr"),
+            (|o| o.weight_decay = -0.1, "weight-decay"),
+            (|o| o.optimizer = Rule::AdamW { betas: (0.9, 1.0), eps: 1e-8 }, "betas"),
+            (|o| o.optimizer = Rule::AdamW { betas: (0.9, 0.9), eps: 0.0 }, "eps"),
+            (|o| o.max_grad_norm = Some(0.0), "max-grad-norm"),
+            (|o| o.batch_size = Some(0), "batch-size"),
+            (|o| o.steps = Some(0), "steps"),
+            (|o| (o.steps, o.epochs) = (Some(1), Some(1)), "not both"),
+        ];
+        for (change, word) in cases {
+            let complaint = with(change).unwrap_err().to_string();
+            assert!(complaint.contains(word), "{word}: {complaint}");
+        }
+    }
+}
