@@ -1,8 +1,10 @@
 //! CUDA's shared libraries: found in Python's `nvidia` packages without LD_LIBRARY_PATH, and named where one is missing.
 
-use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+#[cfg(unix)]
+use std::{collections::HashSet, path::PathBuf};
 
+#[cfg(unix)]
 use super::discover::{Places, newest_first};
 
 /// Libraries of the CUDA provider, dependencies first, and the PyPI packages that carry them for CUDA 13 and 12.
@@ -52,6 +54,7 @@ pub(super) fn preload(_onnxruntime: &Path) {}
 
 /// ONNX Runtime's words on why CUDA cannot be had, and what to do about it.
 pub(super) fn explain(message: &str, onnxruntime: &Path) -> String {
+    let message = message.trim();
     let mut advice = String::new();
     if message.contains("not enabled in this build") {
         advice = format!(

@@ -29,7 +29,7 @@ pub(super) fn error(what: impl Into<String>) -> Error {
 }
 
 fn told<R>(e: ort::Error<R>) -> Error {
-    error(e.message())
+    error(e.message().trim())
 }
 
 /// The library and its environment. Both are for the life of the process: ONNX Runtime allows one environment only.
@@ -102,11 +102,6 @@ impl OnnxRuntime {
         }
     }
 
-    /// Path and version of the library in use.
-    pub fn library(&self) -> (&Path, &str) {
-        (&self.runtime.path, &self.runtime.version)
-    }
-
     fn builder(&self, options: &LoadOptions) -> Result<SessionBuilder> {
         let level = if options.optimize { GraphOptimizationLevel::All } else { GraphOptimizationLevel::Disable };
         let threads = options.threads.unwrap_or_else(physical_cores);
@@ -143,7 +138,7 @@ impl Engine for OnnxRuntime {
         let size = model.encoded_len();
         if size > LARGEST_MODEL {
             return Err(Error::model(format!(
-                "the model with its weights is {:.1} GB, but an engine takes no more than 2 GB in one piece",
+                "the model with its weights is {:.1} GB, but ONNX Runtime takes no more than 2 GB from memory (protobuf's limit)",
                 size as f64 / 1e9
             )));
         }
