@@ -6,7 +6,8 @@
 //! specification (`onnx/defs/**`, opset 7 to 24) and of ONNX Runtime's `docs/ContribOperators.md`, in tables by
 //! operator name, one file per family. What has no rule, or attributes that make no sense, is unknown, not an error.
 //!
-//! What is claimed holds for every run the model accepts; dimensions may be 0 in such a run.
+//! What is claimed holds for every run the model accepts. Dimensions may be 0 in such a run, except where 0 changes an
+//! operator's meaning (Reshape's "copy", a slice `-n:`).
 
 mod contrib;
 mod control;
