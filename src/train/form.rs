@@ -140,9 +140,12 @@ impl Merge<'_> {
         };
         if n * r == inputs {
             // Whole shards: the block broadcasts over them.
-            let shards = self.ints("shards", if trans_b { &[outputs, n, r] } else { &[n, r, outputs] });
-            let flat = self.ints("flat", if trans_b { &[outputs, inputs] } else { &[inputs, outputs] });
-            let one = self.ints("one", if trans_b { &[outputs, 1, r] } else { &[1, r, outputs] });
+            let [shards, flat, one] = match trans_b {
+                true => [vec![outputs, n, r], vec![outputs, inputs], vec![outputs, 1, r]],
+                false => [vec![n, r, outputs], vec![inputs, outputs], vec![1, r, outputs]],
+            };
+            let (shards, flat) = (self.ints("shards", &shards), self.ints("flat", &flat));
+            let one = self.ints("one", &one);
             let weight = self.op("Reshape", "sharded", &[weight, &shards], Vec::new());
             let block = self.op("Reshape", "block", &[&block, &one], Vec::new());
             let sum = self.op("Add", "sum", &[&weight, &block], Vec::new());

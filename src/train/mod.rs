@@ -7,6 +7,7 @@
 mod curve;
 pub mod data;
 mod evaluate;
+mod form;
 mod graph;
 mod loss;
 mod metrics;
