@@ -1,1 +1,390 @@
-//! fold
+//! Injected → merged: each adapted weight takes its blocks in, the side branches go, and what remains is a plain ONNX
+//! model of the base's shape. Weights are made one at a time, while the file is written.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use ndarray::Array2;
+use serde::Serialize;
+
+use crate::adapter::{AdapterRecord, Injection, bone};
+use crate::onnx::external::{self, Place};
+use crate::onnx::{
+    AttributeProto, Model, Names, NewPlace, NewTensor, NewValue, NodeProto, Patch, Rope, Scope, Tensor, TensorProto,
+    copy_external, wire, write_atomic,
+};
+use crate::select::{self, Linear, Source};
+use crate::unload::strip;
+use crate::{Error, Result, did_you_mean};
+
+/// How to fold.
+#[derive(Debug, Clone, Default)]
+pub struct FoldOptions {
+    /// Refuse a merged weight with a value that is not finite, before anything appears under the final name.
+    pub safe: bool,
+    /// The adapters to merge, in this order; `None`: all, in the order they were injected.
+    pub adapters: Option<Vec<String>>,
+}
+
+/// A finished fold, not yet written.
+pub struct Folded {
+    patch: Patch,
+    /// Weights of the external file that the merged model gets, if it gets one.
+    external: Vec<NewValue>,
+    pub summary: FoldSummary,
+}
+
+/// What a fold did.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct FoldSummary {
+    pub adapters: Vec<String>,
+    /// Modules whose stored weight was changed.
+    pub merged: Vec<String>,
+    /// Modules that got a weight of their own, because others read the stored one.
+    pub copied: Vec<String>,
+    pub head: Option<String>,
+}
+
+/// One adapted layer: its nodes as the injected file has them, and the blocks it takes.
+struct Layer<'a> {
+    module: &'a str,
+    calls: Vec<&'a Linear>,
+    blocks: Vec<Block>,
+}
+
+#[derive(Clone)]
+struct Block {
+    adapter: String,
+    /// `[r, out]`
+    values: Arc<Array2<f32>>,
+}
+
+/// External weights of the merged model start at multiples of this (ONNX `docs/ExternalData.md`).
+const ALIGNMENT: u64 = 4096;
+
+/// Plans the fold. Blocks are read, weights are not.
+pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> {
+    let record = Injection::expect(model)?;
+    let adapters = chosen(&record, options)?;
+    let mut patch = strip(model, &record, true)?;
+    let linears = select::linears(model);
+    let layers = layers(model, &adapters, &linears)?;
+
+    // How many of a stored weight's readers are adapted.
+    let mut ours: HashMap<&Source, usize> = HashMap::new();
+    for linear in layers.iter().flat_map(|l| &l.calls) {
+        *ours.entry(&linear.weight.source).or_default() += 1;
+    }
+    let mut names = Names::of(&model.proto);
+    let mut summary = FoldSummary {
+        adapters: adapters.iter().map(|a| a.name.clone()).collect(),
+        head: record.head.as_ref().map(|h| h.name.clone()),
+        ..FoldSummary::default()
+    };
+    let mut merge = Merge { model, safe: options.safe, patch: &mut patch, external: Vec::new(), location: None, end: 0 };
+    merge.location = data_location(model, out);
+
+    // Weights whose every reader is adapted can change in place, once: for the first module that reads them.
+    let mut taken: HashSet<&Source> = HashSet::new();
+    for layer in &layers {
+        let first = layer.calls[0];
+        let root = &first.weight.source;
+        let alone = ours.get(root) == Some(&first.weight.uses)
+            && layer
+                .calls
+                .iter()
+                .all(|c| c.is_stored_out_in() == first.is_stored_out_in() && c.alpha == first.alpha);
+        if alone && taken.insert(root) {
+            merge.in_place(layer)?;
+            summary.merged.push(layer.module.to_string());
+        } else {
+            merge.as_copy(layer, &mut names)?;
+            summary.copied.push(layer.module.to_string());
+        }
+    }
+    let external = merge.external;
+    Ok(Folded { patch, external, summary })
+}
+
+impl Folded {
+    /// Writes the merged model to `out` (which may be the injected model's own path).
+    pub fn write(self, model: &Model, out: &Path) -> Result<FoldSummary> {
+        let rope = model.patched(self.patch)?;
+        copy_external(model, &external::locations(model)?, out)?;
+        if !self.external.is_empty()
+            && let Some(location) = data_location(model, out)
+        {
+            let mut data = Rope::default();
+            for value in self.external {
+                data.push(vec![0; (aligned(data.len() as u64) - data.len() as u64) as usize]);
+                data.push_due(value.len, value.make);
+            }
+            write_atomic(&out.with_file_name(location), data, None)?;
+        }
+        model.write(rope, out)?;
+        Ok(self.summary)
+    }
+}
+
+fn aligned(offset: u64) -> u64 {
+    offset.next_multiple_of(ALIGNMENT)
+}
+
+/// Where a merged model keeps the weights that the base keeps in external files: a new file named after the output, so
+/// that the base's own data stays as it is.
+fn data_location(model: &Model, out: &Path) -> Option<String> {
+    let taken = external::locations(model).ok()?;
+    let name = out.file_name()?.to_string_lossy().into_owned();
+    let candidates = [format!("{name}.data"), format!("{name}.merged.data")];
+    candidates.into_iter().find(|c| !taken.contains(c))
+}
+
+fn chosen<'a>(record: &'a Injection, options: &FoldOptions) -> Result<Vec<&'a AdapterRecord>> {
+    let Some(wanted) = &options.adapters else { return Ok(record.adapters.iter().collect()) };
+    wanted
+        .iter()
+        .map(|name| {
+            record.adapters.iter().find(|a| &a.name == name).ok_or_else(|| {
+                let known: Vec<&str> = record.adapters.iter().map(|a| a.name.as_str()).collect();
+                Error::config(format!(
+                    "there is no adapter {name:?}; the model has {}.{}",
+                    known.join(", "),
+                    did_you_mean(name, known.iter().copied())
+                ))
+            })
+        })
+        .collect()
+}
+
+/// The adapted layers, each with the blocks of all adapters that sit on it, in the adapters' order.
+fn layers<'a>(model: &Model, adapters: &[&'a AdapterRecord], linears: &'a [Linear]) -> Result<Vec<Layer<'a>>> {
+    let graph = model.graph();
+    let mut layers: Vec<Layer> = Vec::new();
+    for adapter in adapters {
+        for target in &adapter.targets {
+            let gone = |what: &str| {
+                Error::file(
+                    &model.path,
+                    format!("another tool has changed this model since it was injected: {what}; inject the base again"),
+                )
+            };
+            let block = graph
+                .initializer
+                .iter()
+                .find(|t| t.name() == target.parameter)
+                .ok_or_else(|| gone(&format!("parameter {} is gone", target.parameter)))?;
+            let values = match model.tensor(block)? {
+                Tensor::F32(a) if a.ndim() == 2 && a.shape()[1] == target.out_features => {
+                    a.into_dimensionality().map_err(|e| Error::model(e.to_string()))?
+                }
+                other => {
+                    return Err(gone(&format!(
+                        "parameter {} has shape {:?} where [r, {}] of float32 belongs",
+                        target.parameter,
+                        other.dims(),
+                        target.out_features
+                    )));
+                }
+            };
+            let block = Block { adapter: adapter.name.clone(), values: Arc::new(values) };
+            // The adapted node is the one at the start of the chain of renamed outputs.
+            let base_outputs = chain_starts(adapters, target.calls.iter().map(|c| c.base_output.as_str()));
+            let calls: Vec<&Linear> = linears
+                .iter()
+                .filter(|l| {
+                    let node = model.graph_at(&l.scope).and_then(|g| g.node.get(l.node));
+                    node.and_then(|n| n.output_at(0)).is_some_and(|o| base_outputs.contains(&o))
+                })
+                .collect();
+            if calls.len() != target.calls.len() {
+                return Err(gone(&format!("a node of module {} is no linear layer with a constant weight any more", target.module)));
+            }
+            let place = |l: &Linear| (l.scope.clone(), l.node);
+            match layers.iter_mut().find(|layer| place(layer.calls[0]) == place(calls[0])) {
+                Some(layer) => layer.blocks.push(block),
+                None => layers.push(Layer { module: &target.module, calls, blocks: vec![block] }),
+            }
+        }
+    }
+    Ok(layers)
+}
+
+/// The outputs of the base nodes behind `outputs`: where a later adapter renamed the same node again, its last name.
+fn chain_starts<'a>(adapters: &[&'a AdapterRecord], outputs: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let calls: Vec<_> = adapters.iter().flat_map(|a| &a.targets).flat_map(|t| &t.calls).collect();
+    outputs
+        .map(|mut name| {
+            while let Some(later) = calls.iter().find(|c| c.output == name) {
+                name = &later.base_output;
+            }
+            name
+        })
+        .collect()
+}
+
+/// The merged weights on their way into the patch.
+struct Merge<'a> {
+    model: &'a Model,
+    safe: bool,
+    patch: &'a mut Patch,
+    external: Vec<NewValue>,
+    location: Option<String>,
+    end: u64,
+}
+
+impl Merge<'_> {
+    /// The stored weight takes the blocks.
+    fn in_place(&mut self, layer: &Layer) -> Result<()> {
+        let linear = layer.calls[0];
+        match &linear.weight.source {
+            Source::Initializer { scope, index } => {
+                let tensor = &self.graph(scope)?.initializer[*index];
+                let value = self.value(layer, tensor, linear.is_stored_out_in())?;
+                let place = if external::is_external(tensor) { self.external(value)? } else { NewPlace::Inline(value) };
+                self.patch.graph(scope).replace_values.insert(*index, place);
+            }
+            Source::ConstantNode { scope, node } => {
+                let mut constant: NodeProto = self.graph(scope)?.node[*node].clone();
+                let tensor = constant.attribute.iter_mut().find_map(|a: &mut AttributeProto| a.t.as_mut());
+                let tensor = tensor.ok_or_else(|| Error::model("a Constant node lost its tensor"))?;
+                let value = self.value(layer, tensor, linear.is_stored_out_in())?;
+                tensor.raw_data = Some((value.make)()?);
+                tensor.float_data.clear();
+                let bytes = prost::Message::encode_to_vec(&constant);
+                self.patch.graph(scope).replace_nodes.insert(*node, bytes.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The module gets a weight of its own, in the layout its nodes multiply by; the stored one stays as it is.
+    fn as_copy(&mut self, layer: &Layer, names: &mut Names) -> Result<()> {
+        let mut by_layout: BTreeMap<(bool, u32), String> = BTreeMap::new();
+        for linear in &layer.calls {
+            let key = (linear.trans_b, linear.alpha.to_bits());
+            let name = match by_layout.get(&key) {
+                Some(name) => name.clone(),
+                None => {
+                    let name = names.fresh(&format!("{}.weight.merged", layer.module));
+                    self.add_copy(layer, linear, &name)?;
+                    by_layout.insert(key, name.clone());
+                    name
+                }
+            };
+            let replaced = &mut self.patch.graph(&linear.scope).replace_nodes;
+            let bytes = match replaced.remove(&linear.node) {
+                Some(bytes) => bytes,
+                None => self.model.node_bytes(&linear.scope, linear.node)?,
+            };
+            let rewired = wire::with_string(&bytes, 1, 1, &name).map_err(|e| Error::file(&self.model.path, e))?;
+            replaced.insert(linear.node, rewired);
+        }
+        Ok(())
+    }
+
+    fn add_copy(&mut self, layer: &Layer, linear: &Linear, name: &str) -> Result<()> {
+        let tensor = match &linear.weight.source {
+            Source::Initializer { scope, index } => self.graph(scope)?.initializer[*index].clone(),
+            Source::ConstantNode { scope, node } => {
+                let constant = &self.graph(scope)?.node[*node];
+                let tensor = constant.attribute.iter().find_map(|a| a.t.clone());
+                tensor.ok_or_else(|| Error::model("a Constant node lost its tensor"))?
+            }
+        };
+        let mut value = self.value(layer, &tensor, linear.is_stored_out_in())?;
+        let (rows, columns) = if linear.is_stored_out_in() {
+            (linear.out_features, linear.in_features)
+        } else {
+            (linear.in_features, linear.out_features)
+        };
+        let dims = if linear.is_stored_out_in() == linear.trans_b {
+            [rows, columns]
+        } else {
+            let make = value.make;
+            value.make = Box::new(move || Ok(transposed(&make()?, rows, columns).into()));
+            [columns, rows]
+        };
+        let mut header = TensorProto {
+            name: Some(name.into()),
+            dims: dims.iter().map(|d| *d as i64).collect(),
+            data_type: tensor.data_type,
+            ..Default::default()
+        };
+        let main = Scope::new();
+        if external::is_external(&tensor) {
+            if let NewPlace::External(place) = self.external(value)? {
+                let entries = place.entries();
+                header.external_data = entries.external_data;
+                header.data_location = entries.data_location;
+            }
+            self.patch.graph(&main).add_initializers.push(header.into());
+        } else {
+            self.patch.graph(&main).add_initializers.push(NewTensor { header, value: Some(value) });
+        }
+        Ok(())
+    }
+
+    fn graph(&self, scope: &Scope) -> Result<&crate::onnx::GraphProto> {
+        self.model.graph_at(scope).ok_or_else(|| Error::model("a subgraph is gone"))
+    }
+
+    /// The merged value of `tensor`, to be made when it is written.
+    fn value(&self, layer: &Layer, tensor: &TensorProto, stored_out_in: bool) -> Result<NewValue> {
+        let weight: Bytes = self.model.tensor_bytes(tensor)?;
+        let blocks = layer.blocks.clone();
+        let (alpha, safe, module) = (layer.calls[0].alpha, self.safe, layer.module.to_string());
+        let make = move || {
+            let mut values = vec![0f32; weight.len() / size_of::<f32>()];
+            bytemuck::cast_slice_mut(&mut values).copy_from_slice(&weight);
+            for block in &blocks {
+                bone::merge(&mut values, stored_out_in, block.values.view(), alpha);
+                if safe && let Some(at) = values.iter().position(|v| !v.is_finite()) {
+                    return Err(Error::Check(format!(
+                        "module {module}: merging adapter {} gives {} at element {at} of the weight; the adapter seems \
+                         to be broken, nothing was written",
+                        block.adapter, values[at]
+                    )));
+                }
+            }
+            Ok(Bytes::from_owner(Floats(values)))
+        };
+        Ok(NewValue { len: tensor_len(tensor), make: Box::new(make) })
+    }
+
+    /// Puts `value` into the merged model's external file.
+    fn external(&mut self, value: NewValue) -> Result<NewPlace> {
+        let location = self.location.clone().ok_or_else(|| Error::config("the output path names no file"))?;
+        let offset = aligned(self.end);
+        self.end = offset + value.len as u64;
+        let place = Place { location, offset, length: Some(value.len as u64) };
+        self.external.push(value);
+        Ok(NewPlace::External(place))
+    }
+}
+
+/// Floats that are written as the bytes they are, without a second copy.
+struct Floats(Vec<f32>);
+
+impl AsRef<[u8]> for Floats {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+fn tensor_len(tensor: &TensorProto) -> usize {
+    tensor.dims.iter().map(|d| usize::try_from(*d).unwrap_or(0)).product::<usize>() * size_of::<f32>()
+}
+
+/// A row-major f32 matrix of `rows` × `columns`, turned.
+fn transposed(bytes: &[u8], rows: usize, columns: usize) -> Vec<u8> {
+    let mut out = vec![0; bytes.len()];
+    for (row, line) in bytes.chunks_exact((columns * 4).max(1)).enumerate() {
+        for (column, value) in line.chunks_exact(4).enumerate() {
+            let at = (column * rows + row) * 4;
+            out[at..at + 4].copy_from_slice(value);
+        }
+    }
+    out
+}

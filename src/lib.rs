@@ -15,7 +15,7 @@
 
 pub mod adapter;
 pub mod autodiff;
-pub mod cli;
+//pub mod cli;
 pub mod engine;
 mod error;
 pub mod fold;
@@ -24,5 +24,6 @@ pub mod onnx;
 pub mod select;
 pub mod train;
 pub mod unload;
+//pub mod verify;
 
 pub use error::{Error, Result, did_you_mean};

@@ -1,1 +1,5 @@
-fn main() {}
+//! The `bone-onnx` binary. Everything it does is in the library.
+
+fn main() -> std::process::ExitCode {
+    bone_onnx::cli::main()
+}

@@ -1,5 +1,6 @@
 //! Adapters: the config in PEFT's fields, one file per variant, and the record of what was injected.
 
+pub mod bone;
 mod config;
 mod record;
 

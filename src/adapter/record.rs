@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::BoneConfig;
-use crate::onnx::{Model, Scope};
+use crate::onnx::Model;
 use crate::{Error, Result};
 
 /// Key of the record in `metadata_props` (ONNX IR: keys carry a reverse-DNS prefix).
@@ -26,6 +26,8 @@ pub struct AdapterRecord {
     pub name: String,
     pub config: BoneConfig,
     pub targets: Vec<TargetRecord>,
+    /// Names of the added initializers that hold no parameter (the shard selections).
+    pub constants: Vec<String>,
 }
 
 /// One adapted linear layer (all the nodes that call one module with one weight).
@@ -42,18 +44,12 @@ pub struct TargetRecord {
 /// One node that computes an adapted layer, and what was added around it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CallRecord {
-    /// The graph the node is in, in terms of the base file.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub scope: Scope,
     /// The node's output as the base file has it; the injected file gives it to the last added node.
     pub output: String,
-    /// The name the base node's output goes by in the injected file.
+    /// The name the base node's output goes by in the injected file; no other value of the file has it.
     pub base_output: String,
     /// Names of the added nodes.
     pub nodes: Vec<String>,
-    /// Names of the added constants (main graph).
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub constants: Vec<String>,
 }
 
 /// How a sequence of token embeddings becomes one vector before the head.
@@ -79,6 +75,7 @@ pub struct HeadRecord {
     pub weight: String,
     pub bias: String,
     pub nodes: Vec<String>,
+    /// Names of the added initializers that hold no parameter.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub constants: Vec<String>,
 }
@@ -115,6 +112,12 @@ impl Injection {
         Self::read(model)?.ok_or_else(|| {
             Error::file(&model.path, "no adapter was injected into this model; run `bone-onnx inject` on it first")
         })
+    }
+
+    /// Names of all nodes that injection added (adapters and head).
+    pub fn added_nodes(&self) -> impl Iterator<Item = &str> {
+        let calls = self.adapters.iter().flat_map(|a| &a.targets).flat_map(|t| &t.calls);
+        calls.flat_map(|c| &c.nodes).chain(self.head.iter().flat_map(|h| &h.nodes)).map(String::as_str)
     }
 
     /// All initializers that training changes, in the order they were injected.

@@ -1,1 +1,73 @@
-//! cli
+//! The command line: parse, call the library, print. People's text and progress go to stderr, results to stdout.
+
+mod engine;
+mod doctor;
+mod fold;
+mod inject;
+mod inspect;
+mod printer;
+mod quickstart;
+mod train;
+mod unload;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::Result;
+use printer::Printer;
+
+/// Fine-tune ONNX files: inject Bone adapters, train them, fold them back. No PyTorch.
+#[derive(Parser)]
+#[command(name = "bone-onnx", version, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// Print one JSON object to stdout and nothing else there.
+    #[arg(long, global = true)]
+    json: bool,
+
+    /// No progress and no remarks, only results and errors.
+    #[arg(long, short, global = true)]
+    quiet: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Inspect(inspect::Args),
+    Inject(inject::Args),
+    Train(train::Args),
+    Fold(fold::Args),
+    Unload(unload::Args),
+    Verify(verify::Args),
+    Doctor(doctor::Args),
+    Quickstart(quickstart::Args),
+}
+
+/// Runs the command line. Exit codes: 0 done, 1 failed (bad input, I/O, verification), 2 usage.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let printer = Printer::new(cli.json, cli.quiet);
+    match run(cli.command, &printer) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            printer.error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command, printer: &Printer) -> Result<()> {
+    match command {
+        Command::Inspect(args) => inspect::run(args, printer),
+        Command::Inject(args) => inject::run(args, printer),
+        Command::Train(args) => train::run(args, printer),
+        Command::Fold(args) => fold::run(args, printer),
+        Command::Unload(args) => unload::run(args, printer),
+        Command::Verify(args) => verify::run(args, printer),
+        Command::Doctor(args) => doctor::run(args, printer),
+        Command::Quickstart(args) => quickstart::run(args, printer),
+    }
+}

@@ -1,7 +1,23 @@
 //! Inference engines behind one small trait: ONNX Runtime (a shared library found at run time) and tract (built in).
 
-use crate::Result;
+mod cuda;
+mod discover;
+mod doctor;
+mod guard;
+mod onnxruntime;
+mod signature;
+mod tract;
+
+use std::fmt;
+use std::str::FromStr;
+
 use crate::onnx::{ModelProto, Tensor};
+use crate::{Error, Result, did_you_mean};
+
+pub use discover::{Library, Places};
+pub use doctor::{Check, Doctor, doctor};
+pub use onnxruntime::OnnxRuntime;
+pub use tract::Tract;
 
 /// Something that runs ONNX models.
 pub trait Engine: Send + Sync {
@@ -36,3 +52,83 @@ pub trait Session: Send {
     /// Host tensors are lent, not copied, where the engine can.
     fn run(&mut self, inputs: &[(&str, &Tensor)], wanted: &[&str]) -> Result<Vec<Tensor>>;
 }
+
+/// Which engine to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EngineKind {
+    /// ONNX Runtime where a usable library is found, else tract.
+    #[default]
+    Auto,
+    OnnxRuntime,
+    Tract,
+}
+
+impl FromStr for EngineKind {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "onnxruntime" | "ort" => Ok(Self::OnnxRuntime),
+            "tract" => Ok(Self::Tract),
+            other => Err(Error::config(format!(
+                "engine {other:?} is unknown; there are auto, onnxruntime (or ort) and tract.{}",
+                did_you_mean(other, ["auto", "onnxruntime", "tract"])
+            ))),
+        }
+    }
+}
+
+/// Where a model runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Device {
+    #[default]
+    Cpu,
+    /// The CUDA device of this number. Never falls back to the CPU silently.
+    Cuda(u32),
+}
+
+impl FromStr for Device {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text.split_once(':') {
+            None if text == "cpu" => Some(Self::Cpu),
+            None if text == "cuda" => Some(Self::Cuda(0)),
+            Some(("cuda", id)) => id.parse().ok().map(Self::Cuda),
+            _ => None,
+        }
+        .ok_or_else(|| Error::config(format!("device {text:?} is unknown; there are cpu, cuda and cuda:N")))
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(id) => write!(f, "cuda:{id}"),
+        }
+    }
+}
+
+/// Opens an engine. One process holds one ONNX Runtime library: the first that is opened stays.
+pub fn open(kind: EngineKind, device: Device) -> Result<Box<dyn Engine>> {
+    open_in(&Places::from_env(), kind, device)
+}
+
+fn open_in(places: &Places, kind: EngineKind, device: Device) -> Result<Box<dyn Engine>> {
+    if kind == EngineKind::Tract {
+        return match device {
+            Device::Cpu => Ok(Box::new(Tract)),
+            Device::Cuda(_) => Err(Error::config("tract runs on the CPU only; CUDA needs --engine onnxruntime")),
+        };
+    }
+    match discover::pick(places, device)? {
+        Some(library) => Ok(Box::new(OnnxRuntime::open(&library.path, device)?)),
+        None if kind == EngineKind::Auto && device == Device::Cpu => Ok(Box::new(Tract)),
+        None => Err(onnxruntime::error(discover::NONE_FOUND)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -10,8 +10,9 @@ use std::sync::Mutex;
 
 use bytes::Bytes;
 
-use super::TensorProto;
+use super::proto::StringStringEntryProto;
 use super::proto::tensor_proto::DataLocation;
+use super::{Model, TensorProto, walk_graphs};
 use crate::{Error, Result};
 
 /// The external files of one model, mapped when first asked for.
@@ -28,6 +29,17 @@ pub struct Place {
     pub offset: u64,
     /// `None`: to the end of the file.
     pub length: Option<u64>,
+}
+
+impl Place {
+    /// A tensor with nothing but this place.
+    pub fn entries(&self) -> TensorProto {
+        let entry = |key: &str, value: String| StringStringEntryProto { key: Some(key.into()), value: Some(value) };
+        let mut external_data =
+            vec![entry("location", self.location.clone()), entry("offset", self.offset.to_string())];
+        external_data.extend(self.length.map(|len| entry("length", len.to_string())));
+        TensorProto { external_data, data_location: Some(DataLocation::External as i32), ..Default::default() }
+    }
 }
 
 impl ExternalData {
@@ -113,6 +125,65 @@ pub(crate) fn map_file(path: &Path) -> std::io::Result<Bytes> {
     // SAFETY: the map is read-only and private. Another process that truncates the file while we read it can make the
     // reads fault; our own writes go to new files that are renamed into place, never to a mapped one.
     Ok(Bytes::from_owner(unsafe { memmap2::Mmap::map(&file)? }))
+}
+
+/// Locations of all external files that the model's tensors name, in order, each once.
+pub fn locations(model: &Model) -> Result<Vec<String>> {
+    let mut places = Vec::new();
+    walk_graphs(model.graph(), &mut |_, graph| {
+        let attributes = graph.node.iter().flat_map(|n| &n.attribute).filter_map(|a| a.t.as_ref());
+        places.extend(graph.initializer.iter().chain(attributes).filter(|t| is_external(t)).map(place));
+    });
+    let mut locations = Vec::new();
+    for place in places {
+        let location = place?.location;
+        if !locations.contains(&location) {
+            locations.push(location);
+        }
+    }
+    Ok(locations)
+}
+
+/// Copies the external files in `locations` beside `out`, under the names the model calls them by. Nothing is done
+/// where they already are those files. A file that is there and is not known to belong to `out` is not overwritten.
+pub fn copy_external(model: &Model, locations: &[String], out: &Path) -> Result<()> {
+    let dir = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    for location in locations {
+        let from = model
+            .external
+            .resolve(location)
+            .map_err(|what| Error::file(&model.path, format!("its external data is at {location:?}, {what}")))?;
+        let to = dir.join(
+            checked_relative(location).map_err(|what| Error::file(&model.path, format!("{location:?}, {what}")))?,
+        );
+        if fs::canonicalize(&to).is_ok_and(|real| real == from) {
+            continue;
+        }
+        if to.exists() && !belongs_to(out, location) && !same_content(&from, &to) {
+            return Err(Error::config(format!(
+                "{} is another model's data file and would be overwritten; write to another directory",
+                to.display()
+            )));
+        }
+        if let Some(parent) = to.parent() {
+            fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        }
+        let mut source = File::open(&from).map_err(Error::io("read", &from))?;
+        super::atomic::replace(&to, |file| Ok(std::io::copy(&mut source, file).map(|_| ())?))?;
+    }
+    Ok(())
+}
+
+/// True where the model that stands at `out` (about to be replaced) keeps its data at `location`.
+pub fn belongs_to(out: &Path, location: &str) -> bool {
+    Model::open(out).and_then(|m| locations(&m)).is_ok_and(|l| l.iter().any(|l| l == location))
+}
+
+fn same_content(a: &Path, b: &Path) -> bool {
+    match (map_file(a), map_file(b)) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => false,
+    }
 }
 
 /// True where the tensor's bytes stand in another file.

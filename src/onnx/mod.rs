@@ -6,7 +6,7 @@
 
 mod atomic;
 mod build;
-mod external;
+pub mod external;
 mod model;
 mod names;
 mod patch;
@@ -18,10 +18,10 @@ pub mod wire;
 
 pub use atomic::{write_atomic, write_dir_atomic};
 pub use build::{constant_i64, node, value_info};
-pub use external::ExternalData;
+pub use external::{ExternalData, copy_external};
 pub use model::{Model, walk_graphs};
 pub use names::Names;
-pub use patch::{GraphPatch, NewTensor, Patch, Scope};
+pub use patch::{GraphPatch, NewPlace, NewTensor, NewValue, Patch, Scope};
 pub use proto::tensor_proto::DataType;
 pub use proto::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
 pub use tensor::{Element, Tensor, data_type_name};

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use prost::Message;
 
+use super::external::Place;
 use super::proto::StringStringEntryProto;
 use super::wire::{self, Record, Rope};
 use super::{NodeProto, TensorProto, ValueInfoProto};
@@ -17,12 +18,12 @@ pub type Scope = Vec<(usize, usize)>;
 // Field numbers of onnx-ml.proto.
 pub(super) const MODEL_GRAPH: u32 = 7;
 const MODEL_METADATA: u32 = 14;
-const GRAPH_NODE: u32 = 1;
+pub(super) const GRAPH_NODE: u32 = 1;
 const GRAPH_INITIALIZER: u32 = 5;
 const GRAPH_INPUT: u32 = 11;
 const GRAPH_OUTPUT: u32 = 12;
-const NODE_ATTRIBUTE: u32 = 5;
-const ATTRIBUTE_GRAPH: u32 = 6;
+pub(super) const NODE_ATTRIBUTE: u32 = 5;
+pub(super) const ATTRIBUTE_GRAPH: u32 = 6;
 const TENSOR_RAW_DATA: u32 = 9;
 /// Fields of TensorProto that hold a value: float/int32/string/int64 data, raw data, double/uint64 data, external.
 const TENSOR_VALUES: [u32; 9] = [4, 5, 6, 7, 9, 10, 11, 13, 14];
@@ -46,8 +47,7 @@ pub struct GraphPatch {
     /// New nodes at the end.
     pub append_nodes: Vec<NodeProto>,
     /// A new value for an initializer (its name, shape, type and documentation stay).
-    pub replace_values: BTreeMap<usize, NewValue>,
-    /// New values for Constant nodes, by node index.
+    pub replace_values: BTreeMap<usize, NewPlace>,
     pub drop_initializers: BTreeSet<usize>,
     pub add_initializers: Vec<NewTensor>,
     pub drop_inputs: BTreeSet<usize>,
@@ -59,20 +59,28 @@ pub struct GraphPatch {
 /// Raw little-endian bytes that are made when they are written.
 pub struct NewValue {
     pub len: usize,
-    pub make: Box<dyn FnOnce() -> Result<Vec<u8>> + Send>,
+    pub make: Box<dyn FnOnce() -> Result<Bytes> + Send>,
+}
+
+/// Where an initializer's new value stands.
+pub enum NewPlace {
+    /// In the model itself, as raw data.
+    Inline(NewValue),
+    /// In an external file (which the caller writes).
+    External(Place),
 }
 
 /// A tensor to be added: everything but its value, and the value.
 pub struct NewTensor {
     pub header: TensorProto,
-    pub value: NewValue,
+    /// `None` where the header already says where the value is.
+    pub value: Option<NewValue>,
 }
 
 impl From<TensorProto> for NewTensor {
-    /// A tensor whose value is at hand in `raw_data`.
-    fn from(mut header: TensorProto) -> Self {
-        let bytes = header.raw_data.take().unwrap_or_default();
-        Self { header, value: NewValue { len: bytes.len(), make: Box::new(move || Ok(bytes.to_vec())) } }
+    /// A tensor whose value is at hand.
+    fn from(header: TensorProto) -> Self {
+        Self { header, value: None }
     }
 }
 
@@ -80,7 +88,9 @@ impl NewTensor {
     fn into_rope(self) -> Rope {
         let mut rope = Rope::default();
         rope.push(self.header.encode_to_vec());
-        push_raw_data(&mut rope, self.value);
+        if let Some(value) = self.value {
+            push_raw_data(&mut rope, value);
+        }
         rope
     }
 }
@@ -232,21 +242,17 @@ impl Patch {
     }
 }
 
-/// The tensor with another value in `raw_data`; the other fields as they were.
-fn with_value(tensor: &Bytes, value: NewValue) -> Result<Rope, String> {
+/// The tensor with another value; the other fields as they were.
+fn with_value(tensor: &Bytes, value: NewPlace) -> Result<Rope, String> {
     let mut rope = Rope::default();
-    let mut value = Some(value);
     for record in wire::records(tensor)? {
         if !TENSOR_VALUES.contains(&record.field) {
             rope.push(record.raw);
-        } else if record.field == TENSOR_RAW_DATA
-            && let Some(value) = value.take()
-        {
-            push_raw_data(&mut rope, value);
         }
     }
-    if let Some(value) = value {
-        push_raw_data(&mut rope, value);
+    match value {
+        NewPlace::Inline(value) => push_raw_data(&mut rope, value),
+        NewPlace::External(place) => rope.push(place.entries().encode_to_vec()),
     }
     Ok(rope)
 }

@@ -118,7 +118,7 @@ pub struct Rope {
 
 enum Piece {
     Ready(Bytes),
-    Due { len: usize, make: Box<dyn FnOnce() -> Result<Vec<u8>> + Send> },
+    Due { len: usize, make: Box<dyn FnOnce() -> Result<Bytes> + Send> },
 }
 
 impl Rope {
@@ -140,7 +140,7 @@ impl Rope {
     }
 
     /// `len` bytes that `make` will give when they are written, so that no more than one of them is held at a time.
-    pub fn push_due(&mut self, len: usize, make: impl FnOnce() -> Result<Vec<u8>> + Send + 'static) {
+    pub fn push_due(&mut self, len: usize, make: impl FnOnce() -> Result<Bytes> + Send + 'static) {
         self.len += len;
         self.pieces.push(Piece::Due { len, make: Box::new(make) });
     }
@@ -250,7 +250,7 @@ impl From<Error> for RopeError {
     }
 }
 
-fn made(len: usize, make: Box<dyn FnOnce() -> Result<Vec<u8>> + Send>) -> Result<Vec<u8>> {
+fn made(len: usize, make: Box<dyn FnOnce() -> Result<Bytes> + Send>) -> Result<Bytes> {
     let bytes = make()?;
     if bytes.len() != len {
         return Err(Error::model(format!("a rewritten tensor has {} bytes where {len} were announced", bytes.len())));

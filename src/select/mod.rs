@@ -1,1 +1,17 @@
-//! select
+//! Which nodes are linear layers, the module path of each, and which of them a config means.
+
+mod constant;
+mod linears;
+mod matching;
+mod module_path;
+mod selection;
+mod values;
+
+pub use constant::{Source, Step};
+pub use linears::{Linear, Weight, linears, linears_of};
+pub use matching::{Matcher, Verdict, Version};
+pub use module_path::NameRule;
+pub use selection::{Selection, select, select_as};
+
+#[cfg(test)]
+mod tests;

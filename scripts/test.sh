@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The one test command: fetches the engine and the real models (pinned, cached), then checks everything.
+# Needs a Rust toolchain, Python 3 and pip. ORT_DYLIB_PATH, where set, is used instead of the pinned library.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+step() { printf '\n== %s [%d s]\n' "$*" "$SECONDS"; }
+die() { printf 'test.sh: %s\n' "$*" >&2; exit 1; }
+
+command -v cargo >/dev/null || die "no cargo: install a Rust toolchain (1.92 or newer)"
+command -v python3 >/dev/null || die "no python3"
+
+step "fetch"
+BONE_ONNX_CACHE=$(python3 scripts/fetch.py --where)
+export BONE_ONNX_CACHE
+if [[ -z ${ORT_DYLIB_PATH:-} ]]; then
+    ORT_DYLIB_PATH=$(python3 scripts/fetch.py onnxruntime) || die "without libonnxruntime the tests cannot run"
+fi
+export ORT_DYLIB_PATH
+echo "ORT_DYLIB_PATH=$ORT_DYLIB_PATH"
+for target in minilm bbc; do
+    python3 scripts/fetch.py "$target" || echo "test.sh: no $target: going on, the tests that need it say so and are skipped" >&2
+done
+
+step "cargo fmt"
+cargo fmt --check
+step "cargo clippy"
+cargo clippy --release --all-targets -- -D warnings
+step "cargo test"
+cargo test --release
+step "quickstart"
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+cargo run --release -- quickstart -o "$out"
+
+step "all passed"

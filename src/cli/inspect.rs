@@ -1,0 +1,160 @@
+//! `inspect`: linear layers with module paths, adapters, inputs and outputs.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::printer::Printer;
+use crate::Result;
+use crate::adapter::Injection;
+use crate::onnx::proto::{tensor_shape_proto::dimension::Value as DimValue, type_proto};
+use crate::onnx::{DataType, Model, ValueInfoProto, data_type_name};
+use crate::select;
+
+/// Show a model's linear layers, adapters, inputs and outputs
+#[derive(clap::Args)]
+pub struct Args {
+    /// The ONNX file
+    model: PathBuf,
+}
+
+#[derive(Serialize)]
+struct Report {
+    linears: Vec<Layer>,
+    adapters: Vec<Value>,
+    inputs: Vec<Port>,
+    outputs: Vec<Port>,
+    opset: Map<String, Value>,
+}
+
+#[derive(Serialize)]
+struct Layer {
+    module: Option<String>,
+    node: String,
+    op: String,
+    graph: String,
+    weight: String,
+    in_features: usize,
+    out_features: usize,
+    dtype: &'static str,
+    /// Which rule found the module path.
+    named_by: String,
+    /// Why the layer cannot be adapted, where it cannot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    not_adaptable: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Port {
+    name: String,
+    dtype: String,
+    shape: Option<Vec<Value>>,
+}
+
+pub fn run(args: Args, printer: &Printer) -> Result<()> {
+    let model = Model::open(&args.model)?;
+    let record = Injection::read(&model)?;
+    let added: Vec<&str> = record.iter().flat_map(Injection::added_nodes).collect();
+    let mut linears = select::linears(&model);
+    linears.retain(|l| !added.contains(&l.node_name.as_str()));
+    let graph = model.graph();
+    let report = Report {
+        linears: linears
+            .into_iter()
+            .map(|l| Layer {
+                module: l.module.clone(),
+                graph: select::graph_path(&model, &l.scope),
+                node: l.node_name,
+                op: l.op,
+                weight: l.weight.name,
+                in_features: l.in_features,
+                out_features: l.out_features,
+                dtype: data_type_name(l.data_type),
+                named_by: l.rule.to_string(),
+                not_adaptable: l.adaptable.err(),
+            })
+            .collect(),
+        adapters: record.iter().flat_map(adapters).collect(),
+        inputs: graph.input.iter().filter(|i| !graph.initializer.iter().any(|t| t.name() == i.name())).map(port).collect(),
+        outputs: graph.output.iter().map(port).collect(),
+        opset: model
+            .proto
+            .opset_import
+            .iter()
+            .map(|o| (if o.domain().is_empty() { "ai.onnx" } else { o.domain() }.to_string(), json!(o.version())))
+            .collect(),
+    };
+    printer.result(&report, |p| print(&report, p));
+    Ok(())
+}
+
+fn print(report: &Report, p: &Printer) {
+    let ports = |ports: &[Port]| {
+        let text = |port: &Port| {
+            let shape = port.shape.as_ref().map(|s| {
+                let dims: Vec<String> = s.iter().map(|d| d.as_str().map_or(d.to_string(), str::to_string)).collect();
+                format!("[{}]", dims.join(", "))
+            });
+            format!("{} {}{}", port.name, port.dtype, shape.unwrap_or_default())
+        };
+        ports.iter().map(text).collect::<Vec<_>>().join("; ")
+    };
+    p.line(&format!("inputs   {}", ports(&report.inputs)));
+    p.line(&format!("outputs  {}", ports(&report.outputs)));
+    let opsets: Vec<String> = report.opset.iter().map(|(domain, version)| format!("{domain} {version}")).collect();
+    p.line(&format!("opset    {}", opsets.join(", ")));
+    for adapter in &report.adapters {
+        p.line(&format!(
+            "adapter  {} r={} on {} layers, {} parameters",
+            adapter["name"].as_str().unwrap_or("?"),
+            adapter["r"],
+            adapter["layers"],
+            adapter["parameters"]
+        ));
+    }
+    p.line("");
+    let rows = report.linears.iter().map(|l| {
+        vec![
+            l.module.clone().unwrap_or_else(|| "-".into()),
+            l.op.clone(),
+            format!("{} → {}", l.in_features, l.out_features),
+            l.dtype.into(),
+            l.weight.clone(),
+            l.node.clone(),
+            l.not_adaptable.clone().unwrap_or_default(),
+        ]
+    });
+    p.table(&["module", "op", "in → out", "dtype", "weight", "node", ""], rows.collect());
+    p.line("");
+    p.line(&format!("{} linear layers", report.linears.len()));
+}
+
+fn adapters(record: &Injection) -> Vec<Value> {
+    let adapters = record.adapters.iter().map(|a| {
+        let parameters: usize = a.targets.iter().map(|t| a.config.r * t.out_features).sum();
+        let modules: Vec<&str> = a.targets.iter().map(|t| t.module.as_str()).collect();
+        json!({"name": a.name, "r": a.config.r, "layers": a.targets.len(), "parameters": parameters, "modules": modules})
+    });
+    adapters.collect()
+}
+
+fn port(info: &ValueInfoProto) -> Port {
+    let tensor = info.r#type.as_ref().and_then(|t| match &t.value {
+        Some(type_proto::Value::TensorType(t)) => Some(t),
+        _ => None,
+    });
+    let data_type = tensor.and_then(|t| DataType::try_from(t.elem_type()).ok());
+    Port {
+        name: info.name().into(),
+        dtype: data_type.map_or("?", data_type_name).into(),
+        shape: tensor.and_then(|t| t.shape.as_ref()).map(|shape| {
+            let dim = |value: &Option<DimValue>| match value {
+                Some(DimValue::DimValue(n)) => json!(n),
+                Some(DimValue::DimParam(name)) => json!(name),
+                None => json!("?"),
+            };
+            shape.dim.iter().map(|d| dim(&d.value)).collect()
+        }),
+    }
+}

@@ -1,0 +1,189 @@
+//! From a value back to the constant it is made of, through the few operators that exporters and quantizers put
+//! between a stored matrix and the product.
+
+use super::values::{Definition, Reader, ValueId, Values};
+use crate::onnx::proto::tensor_proto::DataType;
+use crate::onnx::{NodeProto, Scope, TensorProto};
+
+/// Where the stored matrix stands.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// An initializer of the graph at `scope`.
+    Initializer { scope: Scope, index: usize },
+    /// The `value` of a `Constant` node of the graph at `scope`.
+    ConstantNode { scope: Scope, node: usize },
+}
+
+/// A node between the stored matrix and the product.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    pub scope: Scope,
+    pub node: usize,
+    pub op: String,
+}
+
+/// A value that is a constant.
+pub struct Constant<'a> {
+    pub root: ValueId<'a>,
+    pub source: Source,
+    pub tensor: &'a TensorProto,
+    /// From the root on.
+    pub via: Vec<Step>,
+    /// Net effect of the `Transpose`s.
+    pub transposed: bool,
+    /// Shape at the end of the chain.
+    pub dims: Vec<usize>,
+    /// Why the stored tensor is not what arrives at the end, transpositions apart.
+    pub changed: Option<&'static str>,
+}
+
+/// Nodes looked at for one value; real chains have at most four. It also ends cycles, which only a broken model has.
+const BUDGET: usize = 32;
+
+/// The constant behind `name` as the nodes of `graph` see it; `None` where its content depends on an input or on an
+/// operator that is not looked through.
+pub fn trace<'a>(values: &Values<'a>, graph: usize, name: &'a str) -> Option<Constant<'a>> {
+    trace_within(values, graph, name, &mut { BUDGET })
+}
+
+fn trace_within<'a>(values: &Values<'a>, graph: usize, name: &'a str, budget: &mut usize) -> Option<Constant<'a>> {
+    *budget = budget.checked_sub(1)?;
+    let (root, definition) = values.lookup(graph, name)?;
+    let scope = &values.graphs.get(root.0)?.scope;
+    let start = |source, tensor: &'a TensorProto| {
+        let dims = tensor.dims.iter().map(|d| usize::try_from(*d).ok()).collect::<Option<_>>()?;
+        Some(Constant { root, source, tensor, via: Vec::new(), transposed: false, dims, changed: None })
+    };
+    match definition {
+        Definition::Input => None,
+        Definition::Initializer(index) => {
+            let source = Source::Initializer { scope: scope.clone(), index };
+            start(source, values.initializer(root.0, index)?)
+        }
+        Definition::Node(n) => {
+            let node = values.node(root.0, n)?;
+            if node.is("Constant") {
+                let source = Source::ConstantNode { scope: scope.clone(), node: n };
+                return start(source, node.attr("value")?.t.as_ref()?);
+            }
+            // Only a first output is a matrix in all these operators.
+            node.output_at(0).filter(|output| *output == name)?;
+            let mut constant = pass(values, root.0, node, budget)?;
+            constant.via.push(Step { scope: scope.clone(), node: n, op: node.op_type().to_string() });
+            Some(constant)
+        }
+    }
+}
+
+/// The constant that comes out of `node`, when one goes in and the operator is looked through.
+fn pass<'a>(values: &Values<'a>, graph: usize, node: &'a NodeProto, budget: &mut usize) -> Option<Constant<'a>> {
+    if node.is("Mul") {
+        // Weight times scale, on either side; the larger one is the weight and must keep its shape.
+        let a = trace_within(values, graph, node.input_at(0)?, budget)?;
+        let b = trace_within(values, graph, node.input_at(1)?, budget)?;
+        let elements = |c: &Constant| c.dims.iter().fold(1usize, |n, d| n.saturating_mul(*d));
+        let (weight, scale) = if elements(&a) >= elements(&b) { (a, b) } else { (b, a) };
+        let fits = scale.dims.len() <= weight.dims.len()
+            && scale.dims.iter().rev().zip(weight.dims.iter().rev()).all(|(s, w)| s == w || *s == 1);
+        return fits.then_some(Constant { changed: Some("is scaled by a Mul"), ..weight });
+    }
+    if !is_chain(node) {
+        return None;
+    }
+    let mut constant = trace_within(values, graph, node.input_at(0)?, budget)?;
+    match node.op_type() {
+        "Transpose" => match node.attr_ints("perm") {
+            Some([0, 1]) if constant.dims.len() == 2 => {}
+            None | Some([1, 0]) if constant.dims.len() == 2 => {
+                constant.transposed = !constant.transposed;
+                constant.dims.reverse();
+            }
+            _ => return None,
+        },
+        "Reshape" => {
+            let dims = reshaped(&constant.dims, &shape_of(values, graph, node)?)?;
+            if dims != constant.dims {
+                constant.changed = Some("is reshaped by a Reshape");
+                constant.dims = dims;
+            }
+        }
+        "Cast" => {
+            if node.attr_i("to", 0) != i64::from(constant.tensor.data_type()) {
+                constant.changed = Some("is converted by a Cast");
+            }
+        }
+        "DequantizeLinear" => constant.changed = Some("is dequantized by a DequantizeLinear"),
+        _ => {}
+    }
+    Some(constant)
+}
+
+/// Operators whose first input is looked through.
+fn is_chain(node: &NodeProto) -> bool {
+    ["Identity", "Transpose", "Cast", "Reshape", "DequantizeLinear"].iter().any(|op| node.is(op))
+        || (node.op_type() == "DequantizeLinear" && node.domain() == "com.microsoft")
+}
+
+/// The target shape of a `Reshape`, where it is a constant.
+fn shape_of<'a>(values: &Values<'a>, graph: usize, node: &'a NodeProto) -> Option<Vec<i64>> {
+    let ((at, _), definition) = values.lookup(graph, node.input_at(1)?)?;
+    let tensor = match definition {
+        Definition::Initializer(i) => values.initializer(at, i)?,
+        Definition::Node(n) => {
+            let node = values.node(at, n).filter(|n| n.is("Constant"))?;
+            if let Some(ints) = node.attr_ints("value_ints") {
+                return Some(ints.to_vec());
+            }
+            node.attr("value")?.t.as_ref()?
+        }
+        Definition::Input => return None,
+    };
+    if tensor.data_type() != DataType::Int64 as i32 {
+        return None;
+    }
+    Some(crate::onnx::Tensor::from_proto(tensor).ok()?.values::<i64>()?.to_vec())
+}
+
+/// Shape after a `Reshape` to `target` (0 copies, -1 takes what is left), or `None` where it does not fit.
+fn reshaped(dims: &[usize], target: &[i64]) -> Option<Vec<usize>> {
+    let total = dims.iter().try_fold(1usize, |n, d| n.checked_mul(*d))?;
+    let mut out = Vec::with_capacity(target.len());
+    for (i, t) in target.iter().enumerate() {
+        out.push(match t {
+            -1 => None,
+            0 => Some(*dims.get(i)?),
+            t => Some(usize::try_from(*t).ok()?),
+        });
+    }
+    let known = out.iter().flatten().try_fold(1usize, |n, d| n.checked_mul(*d))?;
+    match out.iter().filter(|d| d.is_none()).count() {
+        0 if known == total => {}
+        1 if known > 0 && total.is_multiple_of(known) => {}
+        _ => return None,
+    }
+    Some(out.into_iter().map(|d| d.unwrap_or_else(|| total / known.max(1))).collect())
+}
+
+/// How many readers see the value in the end: nodes and graph outputs, chains looked through.
+pub fn final_readers<'a>(values: &Values<'a>, value: ValueId<'a>) -> Vec<Reader> {
+    let mut found = Vec::new();
+    let mut queue = vec![value];
+    let mut budget = 10_000usize;
+    while let Some(value) = queue.pop() {
+        for reader in values.readers(value) {
+            budget = budget.saturating_sub(1);
+            let next = match reader {
+                Reader::Node { graph, node, input: 0 } if budget > 0 => values
+                    .node(*graph, *node)
+                    .filter(|n| is_chain(n))
+                    .and_then(|n| Some(values.lookup(*graph, n.output_at(0)?)?.0)),
+                _ => None,
+            };
+            match next {
+                Some(next) if next != value => queue.push(next),
+                _ => found.push(*reader),
+            }
+        }
+    }
+    found
+}

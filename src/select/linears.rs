@@ -1,0 +1,404 @@
+//! The linear layers of a model: nodes that multiply by a constant matrix, in the main graph and in every subgraph.
+//!
+//! A matrix that is fixed by design and not learned (a mel filter bank, say) looks like any other and is found as
+//! well; leave such a node out with `exclude_modules`. Bodies of model-local functions are not searched.
+
+use std::collections::{HashMap, HashSet};
+
+use super::constant::{Constant, Source, Step, final_readers, trace};
+use super::module_path::{Clues, NameRule, is_call_of, module_path, scopes_of};
+use super::values::{Reader, ValueId, Values};
+use crate::onnx::{DataType, GraphProto, Model, NodeProto, Scope, data_type_name};
+
+/// A node that multiplies by a constant matrix: `y = alpha · op(x) · op(W) + beta · bias`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Linear {
+    /// The graph the node is in.
+    pub scope: Scope,
+    /// Its index there.
+    pub node: usize,
+    pub node_name: String,
+    /// `MatMul`, `Gemm`, ….
+    pub op: String,
+    /// The module path, where one can be read from the file. PEFT's rules match on it.
+    pub module: Option<String>,
+    /// How the path was found.
+    pub rule: NameRule,
+    /// What parameters of this layer are called after: the module path, else a stand-in made of the node's name.
+    /// Layers of one path are calls of one module: they have one weight, stored one way.
+    pub path: String,
+    pub weight: Weight,
+    pub in_features: usize,
+    pub out_features: usize,
+    /// Element type of the stored tensor.
+    pub data_type: DataType,
+    pub trans_a: bool,
+    pub trans_b: bool,
+    pub alpha: f32,
+    pub beta: f32,
+    /// The one-dimensional constant that is added: the node's own input, or that of the Add (or fused operator)
+    /// that follows.
+    pub bias: Option<String>,
+    /// Why no adapter can be put here, if so.
+    pub adaptable: Result<(), String>,
+}
+
+/// The matrix of a [`Linear`], as it is stored.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Weight {
+    /// The initializer, or the output of the Constant node.
+    pub name: String,
+    pub source: Source,
+    /// Nodes between the stored tensor and the product, in that order.
+    pub via: Vec<Step>,
+    /// Net effect of the Transposes among them.
+    pub transposed: bool,
+    /// How many node inputs and graph outputs see the value in the end (chains such as `via` looked through, all
+    /// graphs together). More than the calls of one module: the value is shared, and must be copied to be changed.
+    pub uses: usize,
+}
+
+impl Linear {
+    /// True where the stored matrix is `[out_features, in_features]`, false where `[in_features, out_features]`.
+    pub fn is_stored_out_in(&self) -> bool {
+        self.trans_b != self.weight.transposed
+    }
+
+    /// What the matching rules see: the module path, else the node's name (else the path made for it).
+    pub fn key(&self) -> &str {
+        match &self.module {
+            Some(module) => module,
+            None if self.node_name.is_empty() => &self.path,
+            None => &self.node_name,
+        }
+    }
+}
+
+/// An operator that multiplies by a matrix, and where its inputs are.
+struct Product {
+    op: &'static str,
+    domain: &'static str,
+    /// Index of the matrix among the inputs.
+    matrix: usize,
+    /// Index of the bias, where the operator has one.
+    bias: Option<usize>,
+    /// Why it takes no adapter.
+    refused: Option<&'static str>,
+}
+
+const QUANTIZED: Option<&str> =
+    Some("computes with a quantized weight, and only float32 weights are adapted; use the model before quantization");
+const FUSED: Option<&str> =
+    Some("has its activation fused in; save the model without ONNX Runtime's extended optimizations");
+
+const PRODUCTS: [Product; 10] = [
+    Product { op: "MatMul", domain: "", matrix: 1, bias: None, refused: None },
+    Product { op: "Gemm", domain: "", matrix: 1, bias: Some(2), refused: None },
+    Product { op: "FusedMatMul", domain: "com.microsoft", matrix: 1, bias: None, refused: None },
+    Product { op: "FusedGemm", domain: "com.microsoft", matrix: 1, bias: Some(2), refused: FUSED },
+    Product { op: "MatMulNBits", domain: "com.microsoft", matrix: 1, bias: Some(5), refused: QUANTIZED },
+    Product { op: "MatMulInteger", domain: "", matrix: 1, bias: None, refused: QUANTIZED },
+    Product { op: "MatMulIntegerToFloat", domain: "com.microsoft", matrix: 1, bias: Some(6), refused: QUANTIZED },
+    Product { op: "DynamicQuantizeMatMul", domain: "com.microsoft", matrix: 1, bias: Some(4), refused: QUANTIZED },
+    Product { op: "QLinearMatMul", domain: "", matrix: 3, bias: None, refused: QUANTIZED },
+    Product { op: "QGemm", domain: "com.microsoft", matrix: 3, bias: Some(6), refused: QUANTIZED },
+];
+
+impl Product {
+    fn of(node: &NodeProto) -> Option<&'static Self> {
+        let domain = if node.domain() == "ai.onnx" { "" } else { node.domain() };
+        PRODUCTS.iter().find(|p| p.op == node.op_type() && p.domain == domain)
+    }
+}
+
+/// A linear layer before it has a name, with what the naming rules need.
+struct Found<'a> {
+    linear: Linear,
+    root: ValueId<'a>,
+    bias: Option<ValueId<'a>>,
+    scopes: Option<&'a str>,
+    first_output: &'a str,
+}
+
+/// All linear layers of `model`: graph by graph (depth first), in the order of the nodes.
+pub fn linears(model: &Model) -> Vec<Linear> {
+    linears_of(model.graph())
+}
+
+/// As [`linears`], of a graph that was not read from a file.
+pub fn linears_of(main: &GraphProto) -> Vec<Linear> {
+    let values = Values::of(main);
+    let mut found = Vec::new();
+    for graph in 0..values.graphs.len() {
+        for (n, node) in values.graphs[graph].graph.node.iter().enumerate() {
+            found.extend(Product::of(node).and_then(|product| examine(&values, graph, n, node, product)));
+        }
+    }
+    name(&values, &mut found);
+    found.into_iter().map(|f| f.linear).collect()
+}
+
+/// The layer that `node` is, or `None` where it multiplies two values that the model computes, or two constants.
+fn examine<'a>(
+    values: &Values<'a>,
+    graph: usize,
+    n: usize,
+    node: &'a NodeProto,
+    product: &Product,
+) -> Option<Found<'a>> {
+    let data = node.input_at(0)?;
+    let weight = trace(values, graph, node.input_at(product.matrix)?)?;
+    if trace(values, graph, data).is_some() {
+        return None;
+    }
+    let (trans_a, trans_b) = match product.op {
+        "Gemm" | "FusedGemm" | "FusedMatMul" | "QGemm" => {
+            (node.attr_i("transA", 0) != 0, node.attr_i("transB", 0) != 0)
+        }
+        _ => (false, false),
+    };
+    let (in_features, out_features) = if product.op == "MatMulNBits" {
+        (usize::try_from(node.attr_i("K", 0)).ok()?, usize::try_from(node.attr_i("N", 0)).ok()?)
+    } else {
+        let [.., rows, columns] = weight.dims.as_slice() else { return None };
+        if trans_b { (*columns, *rows) } else { (*rows, *columns) }
+    };
+    let data_type = DataType::try_from(weight.tensor.data_type()).unwrap_or(DataType::Undefined);
+    let has_alpha = matches!(product.op, "Gemm" | "FusedGemm" | "FusedMatMul" | "QGemm");
+    let alpha = if has_alpha { node.attr_f("alpha", 1.0) } else { 1.0 };
+    let added = added_bias(values, graph, node, product, out_features);
+    let linear = Linear {
+        scope: values.graphs.get(graph)?.scope.clone(),
+        node: n,
+        node_name: node.name().to_string(),
+        op: node.op_type().to_string(),
+        module: None,
+        rule: NameRule::None,
+        path: String::new(),
+        adaptable: adaptable(node, product, &weight, trans_a, alpha, data_type),
+        weight: Weight {
+            name: weight.root.1.to_string(),
+            source: weight.source,
+            via: weight.via,
+            transposed: weight.transposed,
+            uses: 0,
+        },
+        in_features,
+        out_features,
+        data_type,
+        trans_a,
+        trans_b,
+        alpha,
+        beta: if product.op == "Gemm" || product.op == "FusedGemm" { node.attr_f("beta", 1.0) } else { 1.0 },
+        bias: added.as_ref().map(|(root, _)| root.1.to_string()),
+    };
+    let scopes = name_scopes(node).or_else(|| added.and_then(|(_, by)| name_scopes(by)));
+    let first_output = node.output_at(0).unwrap_or_default();
+    Some(Found { linear, root: weight.root, bias: added.map(|(root, _)| root), scopes, first_output })
+}
+
+fn name_scopes(node: &NodeProto) -> Option<&str> {
+    node.metadata_props.iter().find(|p| p.key() == "pkg.torch.onnx.name_scopes").map(|p| p.value())
+}
+
+fn adaptable(
+    node: &NodeProto,
+    product: &Product,
+    weight: &Constant,
+    trans_a: bool,
+    alpha: f32,
+    data_type: DataType,
+) -> Result<(), String> {
+    if let Some(why) = product.refused {
+        return Err(format!("{} {why}", product.op));
+    }
+    if let Some(how) = weight.changed {
+        let stored = data_type_name(data_type);
+        return Err(format!("its weight {} (stored as {stored}) {how} before it is used", weight.root.1));
+    }
+    if data_type != DataType::Float {
+        let stored = data_type_name(data_type);
+        return Err(format!("its weight {} is {stored}, and only float32 weights are adapted", weight.root.1));
+    }
+    if weight.dims.len() != 2 {
+        return Err(format!("its weight {} has shape {:?}, and only matrices are adapted", weight.root.1, weight.dims));
+    }
+    if weight.dims.contains(&0) {
+        return Err(format!("its weight {} has shape {:?}: it is empty", weight.root.1, weight.dims));
+    }
+    if alpha == 0.0 || !alpha.is_finite() {
+        return Err(format!("its alpha is {alpha}, so that no change of its weight can have an effect"));
+    }
+    if product.op == "FusedMatMul" && (trans_a || node.attr_i("transBatchA", 0) != 0) {
+        return Err("FusedMatMul transposes its input, which may have a batch dimension".into());
+    }
+    Ok(())
+}
+
+/// Operators that follow a product and add a bias: (operator, domain, index of the bias).
+const ADDERS: [(&str, &str, usize); 5] = [
+    ("BiasGelu", "com.microsoft", 1),
+    ("FastGelu", "com.microsoft", 1),
+    ("SkipLayerNormalization", "com.microsoft", 4),
+    ("SkipSimplifiedLayerNormalization", "com.microsoft", 3),
+    ("QLinearAdd", "com.microsoft", 3),
+];
+
+/// Nodes a product's value passes on its way to the bias: quantizers put them there.
+const BETWEEN: [&str; 4] = ["Cast", "Mul", "QuantizeLinear", "DequantizeLinear"];
+
+/// The bias of a product and the node that adds it. A residual sum is none: a bias is a one-dimensional constant.
+fn added_bias<'a>(
+    values: &Values<'a>,
+    graph: usize,
+    node: &'a NodeProto,
+    product: &Product,
+    out_features: usize,
+) -> Option<(ValueId<'a>, &'a NodeProto)> {
+    let bias = |graph: usize, node: &'a NodeProto, input: usize| {
+        let constant = trace(values, graph, node.input_at(input)?)?;
+        (constant.dims == [out_features]).then_some((constant.root, node))
+    };
+    if let Some(own) = product.bias.and_then(|i| bias(graph, node, i)) {
+        return Some(own);
+    }
+    let (mut graph, mut node) = (graph, node);
+    for _ in 0..=BETWEEN.len() {
+        let (value, _) = values.lookup(graph, node.output_at(0)?)?;
+        let [Reader::Node { graph: at, node: n, input }] = values.readers(value) else { return None };
+        let next = values.node(*at, *n)?;
+        if next.is("Add") {
+            return bias(*at, next, 1usize.checked_sub(*input)?);
+        }
+        if let Some((.., i)) = ADDERS.iter().find(|(op, domain, _)| *op == next.op_type() && *domain == next.domain()) {
+            return bias(*at, next, *i);
+        }
+        let passes = BETWEEN.contains(&next.op_type()) && (next.op_type() != "Mul" || product.refused.is_some());
+        if !passes {
+            return None;
+        }
+        (graph, node) = (*at, next);
+    }
+    None
+}
+
+/// Who reads one stored tensor.
+#[derive(Default)]
+struct Use {
+    /// Linear layers whose matrix or bias it is.
+    targets: usize,
+    readers: usize,
+    is_embedding: bool,
+}
+
+/// Gives every layer its module path and parameter path, and counts the uses of its weight.
+fn name(values: &Values, found: &mut [Found]) {
+    let mut uses: HashMap<ValueId, Use> = HashMap::new();
+    for tensor in found.iter().flat_map(|f| [f.root].into_iter().chain(f.bias)) {
+        uses.entry(tensor).or_insert_with(|| read_by(values, tensor)).targets += 1;
+    }
+    let unused = Use::default();
+    for f in found.iter_mut() {
+        let weight = uses.get(&f.root).unwrap_or(&unused);
+        let bias = f.bias.and_then(|b| uses.get(&b)).unwrap_or(&unused);
+        (f.linear.module, f.linear.rule) = module_path(&Clues {
+            node_name: &f.linear.node_name,
+            scopes: f.scopes,
+            weight: f.root.1,
+            weight_targets: weight.targets,
+            is_embedding: weight.is_embedding,
+            bias: f.bias.map(|b| b.1),
+            bias_targets: bias.targets,
+            bias_uses: bias.readers,
+        });
+        f.linear.weight.uses = weight.readers;
+    }
+    let mut by_root: HashMap<ValueId, Vec<usize>> = HashMap::new();
+    for (i, f) in found.iter().enumerate() {
+        by_root.entry(f.root).or_default().push(i);
+    }
+    for mut members in by_root.into_values().filter(|members| members.len() > 1) {
+        members.sort_by_key(|i| found[*i].linear.node_name.len());
+        name_calls(found, &members);
+    }
+    name_parameters(found);
+}
+
+fn read_by(values: &Values, tensor: ValueId) -> Use {
+    let readers = final_readers(values, tensor);
+    let is_embedding = readers.iter().any(|reader| match reader {
+        Reader::Node { graph, node, input: 0 } => {
+            values.node(*graph, *node).is_some_and(|n| n.op_type().starts_with("Gather"))
+        }
+        _ => false,
+    });
+    Use { targets: 0, readers: readers.len(), is_embedding }
+}
+
+/// Among layers with one weight (`members`, by length of the node's name), finds those that are further calls of
+/// another.
+fn name_calls(found: &mut [Found], members: &[usize]) {
+    let scopes: Vec<_> = members.iter().filter_map(|i| Some((*i, scopes_of(&found[*i].linear.node_name)?))).collect();
+    let length = |i: usize| found[i].linear.node_name.len();
+    let calls: Vec<(usize, usize)> = scopes
+        .iter()
+        .filter(|(call, _)| found[*call].linear.rule == NameRule::Node)
+        .filter_map(|(call, name)| {
+            let mut shorter = scopes.iter().take_while(|(first, _)| length(*first) < length(*call));
+            shorter.find(|(_, first)| is_call_of(name, first)).map(|(first, _)| (*call, *first))
+        })
+        .collect();
+    // A call's first may itself be a call (`lin_1_1` of `lin_1` of `lin`): follow to the end. Names get shorter.
+    let firsts: HashMap<usize, usize> = calls.iter().copied().collect();
+    for (call, mut first) in calls {
+        while let Some(earlier) = firsts.get(&first) {
+            first = *earlier;
+        }
+        found[call].linear.module = found[first].linear.module.clone();
+        found[call].linear.rule = NameRule::Call;
+    }
+}
+
+/// Sets [`Linear::path`]: equal for the calls of one module, different for all else.
+fn name_parameters(found: &mut [Found]) {
+    let identity = |f: &Found| (f.root.0, f.root.1.to_string(), f.linear.is_stored_out_in());
+    let mut weights_of: HashMap<String, HashSet<(usize, String, bool)>> = HashMap::new();
+    for f in found.iter() {
+        if let Some(module) = &f.linear.module {
+            weights_of.entry(module.clone()).or_default().insert(identity(f));
+        }
+    }
+    let mut taken: HashMap<String, (usize, String, bool)> = HashMap::new();
+    for f in found.iter_mut() {
+        let name = if f.linear.node_name.is_empty() { f.first_output } else { &f.linear.node_name };
+        let wanted = match &f.linear.module {
+            Some(module) if weights_of.get(module).is_none_or(|weights| weights.len() == 1) => module.clone(),
+            // Several matrices used directly in one module (bare parameters): the node tells them apart.
+            Some(module) => format!("{module}.{}", parameter_safe(name.rsplit('/').next().unwrap_or(name))),
+            None => parameter_safe(name),
+        };
+        let key = identity(f);
+        let mut path = wanted.clone();
+        let mut k = 1;
+        while taken.get(&path).is_some_and(|other| *other != key) {
+            k += 1;
+            path = format!("{wanted}_{k}");
+        }
+        taken.insert(path.clone(), key);
+        f.linear.path = path;
+    }
+}
+
+/// A node's name as part of a parameter's: scopes become dots, and only letters, digits, `_`, `-` and `.` are kept.
+fn parameter_safe(name: &str) -> String {
+    let safe: String = name
+        .trim_matches('/')
+        .chars()
+        .map(|c| match c {
+            '/' => '.',
+            c if c.is_alphanumeric() || matches!(c, '_' | '-' | '.') => c,
+            _ => '_',
+        })
+        .collect();
+    if safe.is_empty() { "linear".into() } else { safe }
+}

@@ -1,0 +1,6 @@
+//! Surgery on whole models: the invariants as property tests, PEFT's layer vectors, every shared test model.
+
+mod common;
+mod layers;
+mod models;
+mod properties;

@@ -1,0 +1,106 @@
+//! Every f32 model in `../shared/models`: names, injection, fold, unload.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use bone_onnx::adapter::{BoneConfig, InitWeights, TargetModules};
+use bone_onnx::fold::{FoldOptions, fold};
+use bone_onnx::inject::{InjectOptions, inject};
+use bone_onnx::onnx::{Model, Tensor};
+use bone_onnx::unload::unload;
+use bone_onnx::verify::random_inputs;
+use serde_json::Value;
+
+use crate::common::{run, shared, tensor_file, worst};
+
+/// An entry of the manifest, with the inputs to run it on.
+struct Case {
+    name: String,
+    path: PathBuf,
+    inputs: BTreeMap<String, Tensor>,
+}
+
+/// The models whose linear layers are all f32.
+fn f32_models() -> Vec<Case> {
+    let manifest: Vec<Value> =
+        serde_json::from_slice(&std::fs::read(shared("models/manifest.json")).expect("the manifest")).expect("json");
+    let cases: Vec<Case> = manifest
+        .iter()
+        .filter(|m| m["targets"].as_array().expect("targets").iter().all(|t| t["dtype"] == "float32"))
+        .map(|m| {
+            let name = m["file"].as_str().expect("a file").to_string();
+            let path = shared(&format!("models/{name}"));
+            let inputs = match m["refs"].as_str() {
+                Some(refs) => reference_inputs(&shared(&format!("models/{refs}"))),
+                None => random_inputs(&Model::open(&path).expect("a model"), 2, 5, 1).expect("inputs"),
+            };
+            Case { name, path, inputs }
+        })
+        .collect();
+    assert_eq!(cases.len(), 17);
+    cases
+}
+
+fn reference_inputs(dir: &Path) -> BTreeMap<String, Tensor> {
+    let mut inputs = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).expect("references") {
+        let path = entry.expect("an entry").path();
+        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+        if let Some(input) = name.strip_prefix("in.").and_then(|n| n.strip_suffix(".pb")) {
+            inputs.insert(input.to_string(), tensor_file(&path));
+        }
+    }
+    inputs
+}
+
+fn all_linear(init: InitWeights) -> InjectOptions {
+    let target_modules = Some(TargetModules::Pattern("all-linear".into()));
+    InjectOptions { config: BoneConfig { r: 8, init_weights: init, target_modules, ..Default::default() }, ..Default::default() }
+}
+
+#[test]
+fn folded_models_compute_what_the_injected_ones_do() {
+    for case in f32_models() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (injected, merged) = (dir.path().join("injected.onnx"), dir.path().join("merged.onnx"));
+        let base = Model::open(&case.path).expect("a model");
+        let summary =
+            inject(&base, &all_linear(InitWeights::Random)).and_then(|i| i.write(&base, &injected)).expect(&case.name);
+        assert!(!summary.targets.is_empty());
+        let model = Model::open(&injected).expect("a model");
+        fold(&model, &FoldOptions { safe: true, adapters: None }, &merged)
+            .and_then(|f| f.write(&model, &merged))
+            .expect(&case.name);
+        let (base, a, b) = (run(&case.path, &case.inputs), run(&injected, &case.inputs), run(&merged, &case.inputs));
+        for ((base, a), b) in base.iter().zip(&a).zip(&b) {
+            assert!(worst(a, b) <= 1e-5, "{}: off by {}", case.name, worst(a, b));
+            assert!(a.is_empty() || worst(a, base) > 1e-4, "{}: the adapters do nothing", case.name);
+        }
+    }
+}
+
+#[test]
+fn zero_adapters_change_nothing() {
+    for case in f32_models() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let injected = dir.path().join("injected.onnx");
+        let base = Model::open(&case.path).expect("a model");
+        inject(&base, &all_linear(InitWeights::Zeros)).and_then(|i| i.write(&base, &injected)).expect(&case.name);
+        for (a, b) in run(&case.path, &case.inputs).iter().zip(&run(&injected, &case.inputs)) {
+            assert!(worst(a, b) <= 1e-6, "{}: off by {}", case.name, worst(a, b));
+        }
+    }
+}
+
+#[test]
+fn unload_gives_back_the_very_bytes() {
+    for case in f32_models() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (injected, back) = (dir.path().join("injected.onnx"), dir.path().join("back.onnx"));
+        let base = Model::open(&case.path).expect("a model");
+        inject(&base, &all_linear(InitWeights::Random)).and_then(|i| i.write(&base, &injected)).expect(&case.name);
+        let model = Model::open(&injected).expect("a model");
+        model.write(model.patched(unload(&model).expect(&case.name)).expect("a patch"), &back).expect("a file");
+        assert!(std::fs::read(&back).expect("a file") == std::fs::read(&case.path).expect("a file"), "{}", case.name);
+    }
+}
