@@ -35,7 +35,9 @@ pub fn upgrade(model: &mut ModelProto, target: i64) -> Result<()> {
         return Ok(());
     }
     if target > NEWEST {
-        return Err(Error::config(format!("cannot lift a model to operator set {target}; {NEWEST} is the newest known")));
+        return Err(Error::config(format!(
+            "cannot lift a model to operator set {target}; {NEWEST} is the newest known"
+        )));
     }
     if from < OLDEST {
         return Err(Error::model(format!(
