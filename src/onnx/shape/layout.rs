@@ -282,9 +282,10 @@ fn cut(s: &mut Symbols, dim: Dim, start: Dim, end: Dim, step: i64) -> Option<(Di
         let at = match at {
             Dim::Known(n) if n >= FAR => return Some(high),
             Dim::Known(n) if n <= -FAR => return Some(low),
-            // Counted from the end where negative.
-            _ if s.less(at, ZERO)? => s.add(at, dim),
-            _ => at,
+            // Counted from the end where negative; `-n:` means the last `n`, runs with `n = 0` left aside.
+            _ if at != ZERO && s.at_most(at, ZERO) => s.add(at, dim),
+            _ if s.at_most(ZERO, at) => at,
+            _ => return None,
         };
         let at = s.max(at, low);
         Some(s.min(at, high))

@@ -14,8 +14,22 @@ pub(super) type Rules = &'static [(&'static [&'static str], Rule)];
 
 /// The rule for a node, by domain and operator.
 pub(super) fn rule(node: &NodeProto) -> Option<Rule> {
+    let table = table();
+    match node.domain() {
+        "" | "ai.onnx" => table.get(node.op_type()).copied(),
+        domain => table.get(format!("{domain}:{}", node.op_type()).as_str()).copied(),
+    }
+}
+
+/// Every operator that has a rule.
+#[cfg(test)]
+pub(super) fn names() -> Vec<&'static str> {
+    table().keys().copied().collect()
+}
+
+fn table() -> &'static HashMap<&'static str, Rule> {
     static TABLE: OnceLock<HashMap<&'static str, Rule>> = OnceLock::new();
-    let table = TABLE.get_or_init(|| {
+    TABLE.get_or_init(|| {
         let families = [
             contrib::RULES,
             control::RULES,
@@ -28,11 +42,7 @@ pub(super) fn rule(node: &NodeProto) -> Option<Rule> {
             value::RULES,
         ];
         families.into_iter().flatten().flat_map(|(ops, rule)| ops.iter().map(|op| (*op, *rule))).collect()
-    });
-    match node.domain() {
-        "" | "ai.onnx" => table.get(node.op_type()).copied(),
-        domain => table.get(format!("{domain}:{}", node.op_type()).as_str()).copied(),
-    }
+    })
 }
 
 /// A node in the scope of what is known so far.

@@ -184,9 +184,21 @@ impl Symbols {
                 }
                 parts.sort_unstable_by_key(key);
                 parts.dedup();
-                self.call(Function::Broadcast, parts)
+                let all = parts.clone();
+                parts.retain(|part| !self.follows(*part, &all));
+                match parts[..] {
+                    [only] => only,
+                    _ => self.call(Function::Broadcast, parts),
+                }
             }
         }
+    }
+
+    /// True for `min(n, x)` beside `x` with known `n > 1`, as when a table of `n` positions is cut to the length `x`:
+    /// broadcast together they give `x` in every run where they can be (`x <= n`, or both are 1).
+    fn follows(&self, part: Dim, all: &[Dim]) -> bool {
+        let Some(Atom::Call(Function::Min, args)) = self.single(part) else { return false };
+        matches!(args[..], [Dim::Known(n), x] if n > 1 && x != part && all.contains(&x))
     }
 
     pub fn product(&mut self, dims: &[Dim]) -> Dim {
@@ -500,6 +512,11 @@ mod tests {
         assert_eq!(s.broadcast(both, b), both);
         assert_eq!(s.broadcast(b, ONE), b);
         assert_eq!(s.broadcast(b, Dim::Known(7)), Dim::Known(7));
+        let cut = s.min(b, Dim::Known(32));
+        assert_eq!(s.broadcast(cut, b), b, "a table cut to length");
+        assert_ne!(s.broadcast(cut, c), c);
+        let one = s.min(b, ONE);
+        assert_ne!(s.broadcast(one, b), one);
     }
 
     #[test]
