@@ -26,10 +26,14 @@ pub use rules::{Rule, Rules};
 pub use vjp::{Adjoints, Vjp};
 
 use crate::onnx::shape::Shapes;
+use crate::onnx::upgrade::upgrade;
 use crate::onnx::{DataType, GraphProto, ModelProto, NodeProto, ValueInfoProto, value_info};
 use crate::{Error, Result, did_you_mean};
 use reverse::{Path, Scope};
 use vjp::{Constants, known};
+
+/// The operator set that older models are lifted to: the first with all that rules emit and LayerNormalization.
+const OPSET: i64 = 17;
 
 /// What to differentiate.
 #[derive(Debug, Clone, Default)]
@@ -75,6 +79,7 @@ pub fn gradient(model: &ModelProto, request: &Request) -> Result<Gradient> {
 /// As [`gradient`].
 pub fn gradient_with(model: &ModelProto, request: &Request, rules: &Rules) -> Result<Gradient> {
     let mut model = model.clone();
+    upgrade(&mut model, OPSET)?;
     let shapes = Shapes::infer(&model, &request.input_dims);
     let emitter = Emitter::new(&model);
     let graph = model.graph.as_mut().ok_or_else(|| Error::model("the model holds no graph"))?;
@@ -215,6 +220,7 @@ fn used_names(nodes: &[NodeProto]) -> HashSet<&str> {
         names.extend(node.input.iter().map(String::as_str));
         for graph in node.attribute.iter().filter_map(|a| a.g.as_ref()) {
             names.extend(used_names(&graph.node));
+            names.extend(graph.output.iter().map(|v| v.name()));
         }
     }
     names

@@ -84,7 +84,7 @@ pub(super) fn add_constants(constants: &mut Constants, graph: &GraphProto, open:
 
 /// Whether `value` can carry a gradient as far as its element type is known.
 fn differentiable(shapes: &Shapes, value: &str) -> bool {
-    !value.is_empty() && shapes.element(value).is_none_or(is_float)
+    shapes.element(value).is_none_or(is_float)
 }
 
 /// Casts to anything but floating point end the way, whatever is known of shapes.
@@ -104,7 +104,9 @@ impl Path {
             if zero || !inputs.iter().any(|x| path.active.contains(x)) {
                 continue;
             }
-            let outputs = node.output.iter().filter(|y| differentiable(scope.shapes, y));
+            // What is refused counts as active whatever it gives: a way that it cuts must not pass for a zero.
+            let open = !matches!(scope.rules.get(node), Some(Rule::Vjp(_)));
+            let outputs = node.output.iter().filter(|y| !y.is_empty() && (open || differentiable(scope.shapes, y)));
             path.active.extend(outputs.cloned());
             way.push((i, inputs));
         }

@@ -98,12 +98,13 @@ impl<'a> Vjp<'a> {
         }
     }
 
-    /// Value of input `i` where it is a small int64 (or int32) constant.
+    /// Value of input `i` where it is a small integer constant, or follows from dimensions that are known.
     pub fn constant_ints(&self, i: usize) -> Option<Vec<i64>> {
-        match self.constant(self.node.input_at(i)?)? {
-            Tensor::I64(a) => Some(a.iter().copied().collect()),
-            Tensor::I32(a) => Some(a.iter().map(|v| i64::from(*v)).collect()),
-            _ => None,
+        let name = self.node.input_at(i)?;
+        match self.constant(name) {
+            Some(Tensor::I64(a)) => Some(a.iter().copied().collect()),
+            Some(Tensor::I32(a)) => Some(a.iter().map(|v| i64::from(*v)).collect()),
+            _ => self.shapes.elements(name)?.iter().map(known).collect(),
         }
     }
 

@@ -15,6 +15,8 @@ use crate::{Error, Result};
 
 /// The oldest operator set that can be lifted: before it, elementwise operators broadcast by attributes.
 const OLDEST: i64 = 7;
+/// What training needs (LayerNormalization came with 17).
+const LEAST_TARGET: i64 = 17;
 /// The newest operator set that [`RULES`] lead to.
 const NEWEST: i64 = 18;
 /// The file format version that goes with operator set 17 (`docs/Versioning.md`).
@@ -22,14 +24,14 @@ const IR_VERSION: i64 = 8;
 /// From this file format version on, initializers need not be inputs as well.
 const IR_FREE_INITIALIZERS: i64 = 4;
 
-/// Rewrites the nodes of the default domain, in all subgraphs, for operator set `target`. A model that is as new or
-/// newer stays as it is. New constants are initializers with names of their own.
+/// Rewrites the nodes of the default domain, in all subgraphs, for operator set `target` (at least 17, which the
+/// gradient graph needs). A model that is as new or newer stays as it is. New constants are initializers with names of their own.
 ///
 /// # Errors
 /// [`Error::Config`] for a target above 18; [`Error::Model`] for a model older than operator set 7, or with a node
 /// that the newer set cannot express (the message names it).
 pub fn upgrade(model: &mut ModelProto, target: i64) -> Result<()> {
-    let from = model.opset();
+    let (from, target) = (model.opset(), target.max(LEAST_TARGET));
     // Without the default domain there is nothing to lift.
     if from == 0 || from >= target {
         return Ok(());
@@ -163,6 +165,15 @@ impl Lift<'_> {
         name
     }
 
+    /// The elements of a float constant, be it the model's or one of ours; empty where it is none.
+    fn floats(&self, name: &str) -> Vec<f64> {
+        let ours = || self.graph.initializer.iter().find(|t| t.name() == name).and_then(|t| Tensor::from_proto(t).ok());
+        match self.shapes.floats(name) {
+            Some(values) => values.to_vec(),
+            None => ours().map(|t| t.to_f64()).unwrap_or_default(),
+        }
+    }
+
     /// Moves the list attribute `name`, where it is given, to input `i` as an int64 list.
     fn ints_to_input(&mut self, node: &mut NodeProto, name: &str, i: usize) {
         if let Some(attribute) = take(node, name)
@@ -236,14 +247,20 @@ fn upsample(lift: &mut Lift, mut node: NodeProto) -> Result<()> {
     Ok(())
 }
 
-/// Resize (X, scales) of set 10 maps coordinates as `x / scale` and takes the element below.
+/// Resize (X, scales) of set 10 maps coordinates as `x / scale`. Which neighbour is nearest it left open; ONNX Runtime
+/// takes the one below to enlarge and the one above to shrink (`upsamplebase.h`, `NearestMode::SIMPLE`).
 fn resize(lift: &mut Lift, mut node: NodeProto) -> Result<()> {
+    if node.attr_s("mode").unwrap_or("nearest") == "nearest" {
+        let scales = node.input_at(1).map(|name| lift.floats(name)).unwrap_or_default();
+        let (shrinks, grows) = (scales.iter().any(|s| *s < 1.0), scales.iter().any(|s| *s > 1.0));
+        if shrinks && grows {
+            return Err(cannot(&node, "it shrinks some dimensions and enlarges others by the nearest element"));
+        }
+        set(&mut node, AttributeProto::string("nearest_mode", if shrinks { "ceil" } else { "floor" }));
+    }
     // Input 1 is now the region of interest, which only one coordinate mode reads.
     node.input.insert(node.input.len().min(1), String::new());
     set(&mut node, AttributeProto::string("coordinate_transformation_mode", "asymmetric"));
-    if node.attr_s("mode").unwrap_or("nearest") == "nearest" {
-        set(&mut node, AttributeProto::string("nearest_mode", "floor"));
-    }
     lift.nodes.push(node);
     Ok(())
 }
@@ -364,4 +381,176 @@ fn roi_align(lift: &mut Lift, mut node: NodeProto) -> Result<()> {
     set(&mut node, AttributeProto::string("coordinate_transformation_mode", "output_half_pixel"));
     lift.nodes.push(node);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use prost::Message;
+
+    use super::*;
+    use crate::onnx::{Model, constant_i64, value_info};
+
+    fn shared(name: &str) -> ModelProto {
+        let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/models");
+        let models = if beside.is_dir() { beside } else { PathBuf::from("/work/shared/models") };
+        Model::open(models.join(name)).expect("a model of the shared folder").proto
+    }
+
+    /// A model of one node over the float input `x` of shape [2, 3, 4].
+    fn single(opset: i64, node: NodeProto) -> ModelProto {
+        let mut graph = GraphProto { node: vec![node], ..Default::default() };
+        graph.input.push(value_info("x", DataType::Float, &["2", "3", "4"]));
+        graph.output.push(value_info("y", DataType::Float, &[]));
+        constant_i64(&mut graph, "unused", &[1]);
+        let import = OperatorSetIdProto { domain: None, version: Some(opset) };
+        ModelProto { ir_version: Some(3), opset_import: vec![import], graph: Some(graph), ..Default::default() }
+    }
+
+    fn with(mut node: NodeProto, attributes: &[AttributeProto]) -> NodeProto {
+        node.attribute.extend_from_slice(attributes);
+        node
+    }
+
+    fn lifted(mut model: ModelProto, target: i64) -> GraphProto {
+        upgrade(&mut model, target).expect("a model that can be lifted");
+        assert_eq!(model.opset(), target);
+        model.graph.expect("a graph")
+    }
+
+    /// The models of `fixtures/upgrade`, by name.
+    fn fixtures() -> Vec<(String, ModelProto)> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/upgrade");
+        let files = std::fs::read_dir(folder).expect("the fixtures").map(|f| f.expect("a file").path());
+        files
+            .filter(|f| f.extension().is_some_and(|e| e == "onnx"))
+            .map(|f| {
+                let name = f.file_stem().expect("a name").to_string_lossy().into_owned();
+                (name, Model::open(&f).expect("a model").proto)
+            })
+            .collect()
+    }
+
+    /// Value of the initializer that is input `i` of `node`.
+    fn input(graph: &GraphProto, node: &NodeProto, i: usize) -> Tensor {
+        let name = node.input_at(i).expect("an input");
+        let tensor = graph.initializer.iter().find(|t| t.name() == name).expect("an initializer");
+        Tensor::from_proto(tensor).expect("a tensor")
+    }
+
+    /// Attributes that operator set 17 no longer knows.
+    const GONE: &[(&str, &[&str])] = &[
+        ("BatchNormalization", &["spatial"]),
+        ("Clip", &["min", "max"]),
+        ("Dropout", &["ratio"]),
+        ("Pad", &["pads", "value"]),
+        ("ReduceSum", &["axes"]),
+        ("Resize", &["scales"]),
+        ("Slice", &["starts", "ends", "axes"]),
+        ("Split", &["split"]),
+        ("Squeeze", &["axes"]),
+        ("TopK", &["k"]),
+        ("Unsqueeze", &["axes"]),
+    ];
+
+    /// That the lifted models compute what the old ones did is for a test with an engine; here, how they are written.
+    #[test]
+    fn old_spellings_are_gone() {
+        let mut refused = 0;
+        for (name, model) in fixtures() {
+            for target in [17, 18] {
+                let mut model = model.clone();
+                if name.starts_with("refused") {
+                    let message = upgrade(&mut model, target).expect_err(&name).to_string();
+                    assert!(message.contains("BatchNormalization") || message.contains("operator set 6"), "{message}");
+                    refused += 1;
+                    continue;
+                }
+                upgrade(&mut model, target).expect(&name);
+                assert_eq!(model.opset(), target);
+                assert!(model.ir_version() >= 8);
+                let decoded = ModelProto::decode(model.encode_to_vec().as_slice()).expect("a model");
+                assert_eq!(decoded, model);
+                let mut made = HashSet::new();
+                walk_graphs(model.graph.as_ref().expect("a graph"), &mut |_, graph| {
+                    for node in &graph.node {
+                        assert!(!matches!(node.op_type(), "Upsample" | "Scatter"), "{name}");
+                        for (op, attributes) in GONE {
+                            let left = attributes.iter().find(|a| node.is(op) && node.attr(a).is_some());
+                            assert_eq!(left, None, "{name}: {op}");
+                        }
+                        let reduces = node.op_type().starts_with("Reduce") && target >= 18;
+                        assert!(!(reduces && node.attr("axes").is_some()), "{name}");
+                        assert!(node.output.iter().all(|o| made.insert(o.clone())), "{name}: {:?} twice", node.output);
+                    }
+                });
+            }
+        }
+        assert_eq!(refused, 4);
+    }
+
+    #[test]
+    fn bert_of_opset_11() {
+        let old = shared("bert.ts11.onnx");
+        let mut new = old.clone();
+        upgrade(&mut new, 17).expect("a model that can be lifted");
+        let (old, graph) = (old.graph.expect("a graph"), new.graph.expect("a graph"));
+        assert_eq!(old.node.len(), graph.node.len(), "softmax is over the last axis, so nothing is flattened");
+        let mut moved = 0;
+        for (before, after) in old.node.iter().zip(&graph.node) {
+            assert_eq!((before.op_type(), &before.output), (after.op_type(), &after.output));
+            if before.is("Unsqueeze") {
+                let axes = before.attr_ints("axes").expect("axes");
+                assert_eq!(input(&graph, after, 1).values::<i64>(), Some(axes));
+                moved += 1;
+            } else if before.is("Softmax") {
+                assert_eq!(after.attr_i("axis", 1), -1);
+            } else {
+                assert_eq!(before, after);
+            }
+        }
+        assert_eq!(moved, 32);
+        assert_eq!(graph.initializer.len(), old.initializer.len() + moved);
+    }
+
+    #[test]
+    fn softmax_over_several_axes_is_flattened() {
+        let graph = lifted(single(11, with(node("Softmax", &["x"], &["y"]), &[AttributeProto::int("axis", 1)])), 17);
+        let ops: Vec<&str> = graph.node.iter().map(|n| n.op_type()).collect();
+        assert_eq!(ops, ["Shape", "Flatten", "Softmax", "Reshape"]);
+        assert_eq!(graph.node[3].output, ["y"]);
+    }
+
+    #[test]
+    fn bounds_take_the_type_of_what_they_bound() {
+        let mut model = single(8, with(node("Clip", &["x"], &["y"]), &[AttributeProto::float("max", 0.5)]));
+        model.graph.as_mut().expect("a graph").input[0] = value_info("x", DataType::Float16, &["2"]);
+        let graph = lifted(model, 17);
+        assert_eq!(graph.node[0].input[1], "", "no lower bound");
+        assert_eq!(input(&graph, &graph.node[0], 2), Tensor::scalar(f16::from_f32(0.5)));
+    }
+
+    #[test]
+    fn batch_normalization_in_training() {
+        let inputs = ["x", "s", "b", "m", "v"];
+        let graph = lifted(single(9, node("BatchNormalization", &inputs, &["y", "m2", "v2", "sm", "sv"])), 17);
+        assert_eq!(graph.node[0].output, ["y", "m2", "v2"]);
+        assert_eq!(graph.node[0].attr_i("training_mode", 0), 1);
+        let mut used = single(9, node("BatchNormalization", &inputs, &["z", "m2", "v2", "sm", "sv"]));
+        used.graph.as_mut().expect("a graph").node.push(node("Relu", &["sm"], &["y"]));
+        let message = upgrade(&mut used, 17).expect_err("a statistic that is gone").to_string();
+        assert!(message.contains("BatchNormalization") && message.contains("\"sm\""), "{message}");
+    }
+
+    #[test]
+    fn what_is_new_enough_stays() {
+        let model = single(18, with(node("ReduceMax", &["x"], &["y"]), &[AttributeProto::int("keepdims", 0)]));
+        for target in [7, 17, 18] {
+            let mut same = model.clone();
+            upgrade(&mut same, target).expect("nothing to do");
+            assert_eq!(same, model);
+        }
+        assert!(upgrade(&mut model.clone(), 99).expect_err("too new").to_string().contains("18"));
+    }
 }

@@ -1,17 +1,19 @@
 //! Conditionals: the adjoint of an `If` is an `If` on the same condition.
 
+use std::collections::HashMap;
+
+use super::super::declare;
 use super::super::reverse::{Path, Scope, add_constants};
 use super::{Adjoints, Rules, Vjp};
 use crate::Result;
-use crate::onnx::{AttributeProto, DataType, GraphProto, NodeProto, ValueInfoProto, value_info};
+use crate::onnx::{AttributeProto, DataType, GraphProto, NodeProto, ValueInfoProto};
 
 pub(super) fn add(rules: &mut Rules) {
     rules.vjp("If", conditional);
 }
 
-/// Each branch of the new `If` computes its old branch again and runs reverse mode on it; its outputs are the adjoints
-/// of the outer values that the branches use, zeros where a branch does not use one. The names inside stay what they
-/// were: the two `If`s are siblings, so their branches do not see each other.
+/// Each branch of the new `If` computes its old branch again, under new names, and runs reverse mode on it; its outputs
+/// are the adjoints of the outer values that the branches use, zeros where a branch does not use one.
 fn conditional(v: &Vjp) -> Result<Adjoints> {
     let wanted: Vec<String> = (1..v.inputs.len()).filter(|i| v.wants(*i)).map(|i| v.inputs[i].clone()).collect();
     let mut attributes = Vec::new();
@@ -23,7 +25,35 @@ fn conditional(v: &Vjp) -> Result<Adjoints> {
     Ok((0..v.inputs.len()).map(|i| if i > 0 && v.wants(i) { outputs.next() } else { None }).collect())
 }
 
+/// `graph` with new names for the values that it and the graphs below it define.
+fn renamed(v: &Vjp, graph: &GraphProto, outer: &HashMap<String, String>) -> GraphProto {
+    let mut graph = graph.clone();
+    let mut names = outer.clone();
+    let defined = graph.input.iter().map(|i| i.name()).chain(graph.initializer.iter().map(|t| t.name()));
+    for name in defined.chain(graph.node.iter().flat_map(|n| n.output.iter().map(String::as_str))) {
+        if !name.is_empty() {
+            names.insert(name.to_string(), v.fresh(name));
+        }
+    }
+    let rename = |name: &mut String| {
+        if let Some(new) = names.get(name) {
+            name.clone_from(new);
+        }
+    };
+    graph.value_info.clear();
+    graph.input.iter_mut().chain(&mut graph.output).filter_map(|i| i.name.as_mut()).for_each(rename);
+    graph.initializer.iter_mut().filter_map(|t| t.name.as_mut()).for_each(rename);
+    for node in &mut graph.node {
+        node.input.iter_mut().chain(&mut node.output).for_each(rename);
+        for inner in node.attribute.iter_mut().flat_map(|a| a.g.iter_mut().chain(&mut a.graphs)) {
+            *inner = renamed(v, inner, &names);
+        }
+    }
+    graph
+}
+
 fn branch(v: &Vjp, graph: &GraphProto, wanted: &[String]) -> Result<GraphProto> {
+    let graph = &renamed(v, graph, &HashMap::new());
     let shapes = v.shapes.subgraph(graph, v.opset);
     let mut constants = v.constants.clone();
     add_constants(&mut constants, graph, &Default::default());
@@ -44,13 +74,7 @@ fn branch(v: &Vjp, graph: &GraphProto, wanted: &[String]) -> Result<GraphProto> 
             };
             let name = v.fresh(&format!("{value}.adjoint"));
             v.emitter.named("Identity", &adjoint, &name);
-            let mut info = value_info(&name, element, &[]);
-            if let Some(crate::onnx::proto::type_proto::Value::TensorType(tensor)) =
-                info.r#type.as_mut().and_then(|t| t.value.as_mut())
-            {
-                tensor.shape = None;
-            }
-            outputs.push(info);
+            outputs.push(declare(&name, element, value, v.shapes));
         }
         Ok(outputs)
     });

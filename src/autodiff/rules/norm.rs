@@ -2,7 +2,7 @@
 //! is not subtracted in the forward pass (RMS) is not subtracted here either.
 
 use super::super::vjp::known;
-use super::{Adjoints, Rule, Rules, Vjp};
+use super::{Adjoints, Rules, Vjp};
 use crate::Result;
 use crate::onnx::DataType;
 
@@ -16,7 +16,6 @@ pub(super) fn add(rules: &mut Rules) {
     });
     rules.vjp("RMSNormalization", |v| rms(v, None));
     rules.vjp("SimplifiedLayerNormalization", |v| rms(v, Some(1)));
-    rules.insert(super::MICROSOFT, "SimplifiedLayerNormalization", Rule::vjp(|v| rms(v, Some(1))));
     rules.vjp("BatchNormalization", batch);
     rules.vjp("InstanceNormalization", instance);
 }

@@ -53,6 +53,7 @@ const LOOP: &str = "runs its body an unknown number of times; export the model w
 
 const REFUSED: &[(&str, &str, &str)] = &[
     ("", "Attention", "is not written yet; export the model with an operator set below 23"),
+    ("", "DequantizeLinear", "reads what was rounded to a grid, and its scale belongs to the quantization: freeze both"),
     ("", "DynamicQuantizeLinear", ROUNDS),
     ("", "GRU", "is recurrent; rules for recurrent operators are not written yet"),
     ("", "LSTM", "is recurrent; rules for recurrent operators are not written yet"),
@@ -69,6 +70,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     (MICROSOFT, "GroupQueryAttention", FUSED),
     (MICROSOFT, "MultiHeadAttention", FUSED),
     (MICROSOFT, "RotaryEmbedding", FUSED),
+    (MICROSOFT, "MatMulNBits", "is not written yet; train the model before it is quantized"),
 ];
 
 pub(super) fn add(rules: &mut Rules) {

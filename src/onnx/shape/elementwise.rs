@@ -20,6 +20,7 @@ pub(super) const RULES: Rules = &[
             "Clip",
             "Cos",
             "Cosh",
+            "CumProd",
             "CumSum",
             "Elu",
             "Erf",

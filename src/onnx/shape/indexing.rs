@@ -105,8 +105,13 @@ fn unique(op: &mut Op) -> Option<()> {
     };
     op.set(0, element, dims);
     op.set(1, index, Some(vec![count]));
-    let whole = op.unknown(1);
-    op.set(2, index, Some(whole));
+    // Where each element (or slice along the axis) went.
+    let whole = op.dims(0).and_then(|dims| match op.node.attr("axis") {
+        None => Some(op.symbols().product(&dims)),
+        Some(_) => dims.get(op.axis("axis", 0, dims.len())?).copied(),
+    });
+    let whole = whole.unwrap_or_else(|| op.fresh());
+    op.set(2, index, Some(vec![whole]));
     op.set(3, index, Some(vec![count]));
     Some(())
 }

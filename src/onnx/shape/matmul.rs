@@ -13,6 +13,7 @@ pub(super) const RULES: Rules = &[
     (&["com.microsoft:FusedMatMul", "com.microsoft:TransposeMatMul"], fused_mat_mul),
     (&["Gemm", "com.microsoft:FusedGemm", "org.bone-onnx:TiledGemm"], gemm),
     (&["Einsum"], einsum),
+    (&["Det"], determinant),
 ];
 
 /// Shape of `a @ b` as `numpy.matmul` has it.
@@ -89,6 +90,12 @@ fn gemm(op: &mut Op) -> Option<()> {
     let rows = if op.node.attr_i("transA", 0) != 0 { a1 } else { a0 };
     let columns = if op.node.attr_i("transB", 0) != 0 { b0 } else { b1 };
     op.out(Some(vec![rows, columns]));
+    Some(())
+}
+
+fn determinant(op: &mut Op) -> Option<()> {
+    let dims = op.dims(0).and_then(|dims| Some(dims.get(..dims.len().checked_sub(2)?)?.to_vec()));
+    op.out(dims);
     Some(())
 }
 

@@ -63,13 +63,15 @@ pub struct Shapes {
     symbols: Symbols,
     /// Dimensions that the graph's inputs name.
     named: HashSet<String>,
+    /// Whether a call may replace initializers that are inputs too (since file format version 4).
+    overridable: bool,
 }
 
 impl Shapes {
     /// Infers forward through the main graph, and through subgraphs with [`Shapes::subgraph`].
     /// `input_dims` overrides what the graph's inputs declare.
     pub fn infer(model: &ModelProto, input_dims: &BTreeMap<String, Vec<i64>>) -> Self {
-        let mut shapes = Self::default();
+        let mut shapes = Self { overridable: model.ir_version() >= 4, ..Self::default() };
         let Some(graph) = &model.graph else { return shapes };
         // Only names that a call binds are trusted in declarations of inner values.
         shapes.named = graph.input.iter().flat_map(declared_names).map(String::from).collect();
@@ -117,6 +119,11 @@ impl Shapes {
         self.integers.get(value).map(|v| v.iter().copied().collect())
     }
 
+    /// The elements of a small float constant, row-major.
+    pub fn floats(&self, value: &str) -> Option<&[f64]> {
+        self.floats.get(value).map(Vec::as_slice)
+    }
+
     /// Dimension in the model's own names: `12`, `batch`, `2*batch*seq`; `?7` is one that nothing is known of.
     pub fn show(&self, dim: Dim) -> String {
         self.symbols.show(dim)
@@ -130,7 +137,8 @@ impl Shapes {
     /// Infers through `graph`, whose inputs are known.
     fn graph(&mut self, graph: &GraphProto, opset: i64) {
         for tensor in &graph.initializer {
-            self.constant(tensor.name(), tensor, graph.input.iter().any(|i| i.name() == tensor.name()));
+            let overridable = self.overridable && graph.input.iter().any(|i| i.name() == tensor.name());
+            self.constant(tensor.name(), tensor, overridable);
         }
         for tensor in &graph.sparse_initializer {
             if let Some(values) = &tensor.values {

@@ -14,6 +14,7 @@ pub(super) const RULES: Rules = &[
     (&["GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"], global_pool),
     (&["Resize", "Upsample"], resize),
     (&["GridSample"], grid_sample),
+    (&["RoiAlign"], roi_align),
     (&["LSTM", "GRU", "RNN"], recurrent),
     (&["Attention"], attention),
     (&["RotaryEmbedding"], rotary),
@@ -257,6 +258,14 @@ fn grid_sample(op: &mut Op) -> Option<()> {
     Some(())
 }
 
+fn roi_align(op: &mut Op) -> Option<()> {
+    op.out(None);
+    let (channels, count) = (*op.dims(0)?.get(1)?, *op.dims(1)?.first()?);
+    let [height, width] = ["output_height", "output_width"].map(|name| Dim::Known(op.node.attr_i(name, 1)));
+    op.out(Some(vec![count, channels, height, width]));
+    Some(())
+}
+
 fn recurrent(op: &mut Op) -> Option<()> {
     let element = op.element(0);
     let &[first, second, _] = op.dims(0)?.as_slice() else { return None };
@@ -278,20 +287,33 @@ fn recurrent(op: &mut Op) -> Option<()> {
 }
 
 /// Attention of opset 23: inputs of rank 4 `[batch, heads, length, size]` or 3 `[batch, length, heads * size]`.
+/// Outputs: the result, keys and values with the past ones before them, the scores.
 fn attention(op: &mut Op) -> Option<()> {
-    op.out(None);
-    let (q, v) = (op.dims(0)?, op.dims(2)?);
-    let dims = match (q.as_slice(), v.as_slice()) {
-        (&[batch, heads, length, _], &[.., size]) if v.len() == 4 => vec![batch, heads, length, size],
-        (&[batch, length, _], &[_, _, width]) => {
-            let (heads, kv) = (op.node.attr("q_num_heads")?.i(), op.node.attr("kv_num_heads")?.i());
-            let size = op.symbols().div(width, Dim::Known(kv));
-            let width = op.symbols().mul(size, Dim::Known(heads));
-            vec![batch, length, width]
-        }
-        _ => return None,
+    let element = op.element(0);
+    (0..4).for_each(|i| op.set(i, element, None));
+    // As rank 4, whichever it is.
+    let mut split = |i: usize, heads: &str| {
+        Some(match op.dims(i)?.as_slice() {
+            &[batch, heads, length, size] => [batch, heads, length, size],
+            &[batch, length, width] => {
+                let heads = Dim::Known(op.node.attr(heads)?.i());
+                [batch, heads, length, op.symbols().div(width, heads)]
+            }
+            _ => return None,
+        })
     };
-    op.out(Some(dims));
+    let (q, k, v) = (split(0, "q_num_heads")?, split(1, "kv_num_heads")?, split(2, "kv_num_heads")?);
+    let [batch, heads, length, _] = q;
+    let result = match op.rank(0) {
+        Some(3) => vec![batch, length, op.symbols().mul(heads, v[3])],
+        _ => vec![batch, heads, length, v[3]],
+    };
+    op.set(0, element, Some(result));
+    let past = if op.has(4) { *op.dims(4)?.get(2)? } else { Dim::Known(0) };
+    let total = op.symbols().add(past, k[2]);
+    op.set(1, element, Some(vec![batch, k[1], total, k[3]]));
+    op.set(2, element, Some(vec![batch, v[1], total, v[3]]));
+    op.set(3, element, Some(vec![batch, heads, length, total]));
     Some(())
 }
 

@@ -1,6 +1,6 @@
 //! Against what ONNX Runtime computed: `fixtures/shapes/*.json`, made by `fixtures/shapes/make.py`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
@@ -221,4 +221,45 @@ fn hostile_nodes_do_not_panic() {
             }
         }
     }
+}
+
+/// Shapes of the outputs that the ONNX backend tests expect, operator by operator (`make_nodes.py`).
+#[test]
+fn operators_agree_with_the_backend_tests() {
+    use base64::Engine as _;
+    let cases = fixture("nodes");
+    let (mut open, mut blank) = (BTreeSet::new(), BTreeSet::new());
+    for case in cases.as_array().expect("cases") {
+        let name = case[0].as_str().expect("a name");
+        let bytes = base64::prelude::BASE64_STANDARD.decode(case[1].as_str().expect("a model")).expect("base64");
+        let model = Model::from_bytes(name, bytes.into()).expect("a model");
+        let shapes = Shapes::infer(&model.proto, &BTreeMap::new());
+        let op = model.graph().node[0].op_type().to_string();
+        for (output, wanted) in model.graph().output.iter().zip(case[2].as_array().expect("outputs")) {
+            let Some([element, sizes @ ..]) = wanted.as_array().map(Vec::as_slice) else { continue };
+            if let Some(claimed) = shapes.element(output.name()) {
+                assert_eq!(Some(claimed as i64), element.as_i64(), "{name}: element type of {}", output.name());
+            }
+            let Some(dims) = shapes.dims(output.name()) else {
+                blank.insert(op.clone());
+                continue;
+            };
+            assert_eq!(dims.len(), sizes.len(), "{name}: rank of {}", output.name());
+            for (dim, size) in dims.iter().zip(sizes) {
+                assert!(
+                    matches!(dim, Dim::Symbol(_)) || *dim == Dim::Known(runs(size)[0]),
+                    "{name}: {dims:?} {sizes:?}"
+                );
+            }
+            if dims.iter().any(|d| matches!(d, Dim::Symbol(_))) {
+                open.insert(op.clone());
+            }
+        }
+    }
+    // Sizes that depend on data: what is counted or found, or a shape that is an input of the graph.
+    let data = ["Compress", "ConstantOfShape", "NonMaxSuppression", "NonZero", "Range", "Unique"];
+    assert_eq!(open.iter().map(String::as_str).collect::<Vec<_>>(), data);
+    const NO_RULE: &str = "AffineGrid BitCast CausalConvWithState CenterCropPad Col2Im DFT DeformConv LinearAttention \
+        MaxUnpool OptionalGetElement OptionalHasElement RegexFullMatch STFT StringConcat StringSplit SwiGLU";
+    assert_eq!(blank.iter().map(String::as_str).collect::<Vec<_>>(), NO_RULE.split_whitespace().collect::<Vec<_>>());
 }

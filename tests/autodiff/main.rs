@@ -1,0 +1,14 @@
+//! Gradients against central finite differences: every rule, then whole models.
+
+mod cases;
+mod harness;
+mod table;
+mod whole;
+
+#[test]
+fn every_case_agrees_with_differences() {
+    let filter = std::env::var("CASE").unwrap_or_default();
+    let failures: Vec<String> =
+        cases::all().iter().filter(|c| c.op.contains(&filter)).filter_map(|case| case.check().err()).collect();
+    assert!(failures.is_empty(), "{} failures\n{}", failures.len(), failures.join("\n"));
+}

@@ -1,0 +1,104 @@
+//! The table of rules as a whole: no row without a case, and every "zero" is zero.
+
+use std::collections::BTreeSet;
+
+use bone_onnx::autodiff::{Request, Rule, Rules, Seed, gradient};
+use bone_onnx::onnx::{AttributeProto, DataType, Tensor, node, value_info};
+
+use super::cases;
+use super::harness::{Arg, Case, Random, case, load};
+
+/// Rules with a test of their own in another file.
+const ELSEWHERE: &[&str] = &["If"];
+
+/// Rows that say "zero" of operators that take no floats.
+const NO_FLOATS: &[&str] = &[
+    "And", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Constant", "ConstantOfShape",
+    "Not", "Or", "RandomNormal", "RandomUniform", "Xor",
+];
+
+/// Rows that say "zero" because the output is random: two runs differ for that reason alone.
+const RANDOM: &[&str] = &["Bernoulli", "Multinomial", "RandomNormalLike", "RandomUniformLike"];
+
+#[test]
+fn no_rule_lacks_a_case() {
+    let cases: BTreeSet<(&str, &str)> = cases::all().iter().map(|c| (c.domain, c.op)).collect();
+    let zeros: BTreeSet<&str> = zeros().iter().map(|c| c.op).collect();
+    let rules = Rules::standard();
+    let missing: Vec<String> = rules
+        .iter()
+        .filter(|(domain, op, rule)| match rule {
+            Rule::Vjp(_) => !cases.contains(&(*domain, *op)) && !ELSEWHERE.contains(op),
+            Rule::Zero(_) => !zeros.contains(op) && !NO_FLOATS.contains(op) && !RANDOM.contains(op),
+            Rule::Refused(_) => false,
+        })
+        .map(|(domain, op, _)| format!("{domain}.{op}"))
+        .collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+/// Each operator that says "zero" and takes floats, at points in general position.
+fn zeros() -> Vec<Case> {
+    let x = || Arg::By(vec![2, 6], Random(11).values(12, -2.5, 2.5));
+    let y = || Arg::By(vec![6], Random(12).values(6, -2.5, 2.5));
+    let mut zeros: Vec<Case> =
+        ["ArgMax", "ArgMin", "Ceil", "Floor", "Hardmax", "IsNaN", "NonZero", "Round", "Shape", "Sign", "Size"]
+            .into_iter()
+            .map(|op| case(op, vec![x()]))
+            .collect();
+    zeros.extend(["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"].map(|op| case(op, vec![x(), y()])));
+    zeros.push(case("IsInf", vec![x()]));
+    zeros.push(case("EyeLike", vec![x()]).int("dtype", 1));
+    let boxes = vec![0.0, 0.0, 1.0, 1.0, 0.1, 0.1, 1.1, 1.1, 2.0, 2.0, 3.0, 3.0];
+    let limit = Arg::Const(Tensor::new(&[1], vec![2i64]));
+    let boxes = Arg::By(vec![1, 3, 4], boxes);
+    zeros.push(case("NonMaxSuppression", vec![boxes, Arg::By(vec![1, 1, 3], vec![0.9, 0.8, 0.7]), limit]));
+    zeros
+}
+
+#[test]
+fn zeros_do_not_move() {
+    for case in zeros() {
+        let mut case = case.single();
+        let wrt = case.wrt();
+        let mut model = case.model(false, 17);
+        let graph = model.graph.as_mut().unwrap();
+        graph.output.clear();
+        graph.node.push(bone_onnx::onnx::NodeProto {
+            attribute: vec![AttributeProto::int("to", DataType::Float as i64)],
+            ..node("Cast", &["y0"], &["as_float"])
+        });
+        graph.node.push(node("ReduceSum", &["as_float"], &["total"]));
+        graph.output.push(value_info("as_float", DataType::Float, &[]));
+        strip_shape(&mut graph.output[0]);
+        let request =
+            Request { of: vec![("total".into(), Seed::One)], wrt: wrt.clone(), input_dims: Default::default() };
+        let gradient = gradient(&model, &request).unwrap();
+        let feeds = case.feeds();
+        let lent: Vec<(&str, &Tensor)> = feeds.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        let names: Vec<&str> = gradient.gradients.iter().map(String::as_str).collect();
+        for (name, g) in wrt.iter().zip(load(&gradient.model, true).unwrap().run(&lent, &names).unwrap()) {
+            assert_eq!(g.dims(), feeds[name].dims(), "{}", case.op);
+            assert!(g.to_f64().iter().all(|v| *v == 0.0), "{}", case.op);
+        }
+        let mut session = load(&model, true).unwrap();
+        let before = session.run(&lent, &["as_float"]).unwrap();
+        let mut random = Random(3);
+        for arg in &mut case.args {
+            if let Arg::By(_, values) = arg {
+                values.iter_mut().for_each(|v| *v += random.uniform(-1e-4, 1e-4));
+            }
+        }
+        let moved = case.feeds();
+        assert_ne!(moved, feeds);
+        let lent: Vec<(&str, &Tensor)> = moved.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        assert_eq!(session.run(&lent, &["as_float"]).unwrap(), before, "{}", case.op);
+    }
+}
+
+fn strip_shape(info: &mut bone_onnx::onnx::ValueInfoProto) {
+    use bone_onnx::onnx::proto::type_proto::Value;
+    if let Some(Value::TensorType(tensor)) = info.r#type.as_mut().and_then(|t| t.value.as_mut()) {
+        tensor.shape = None;
+    }
+}

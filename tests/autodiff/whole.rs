@@ -1,0 +1,190 @@
+//! Whole models: the gradient of ⟨seed, first output⟩ by every weight, against differences.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use bone_onnx::autodiff::{Request, Rules, Seed, gradient_with};
+use bone_onnx::onnx::proto::type_proto::Value;
+use bone_onnx::onnx::{DataType, GraphProto, Model, ModelProto, Tensor, TensorProto, value_info};
+use prost::Message;
+
+use super::harness::{Random, Tolerance, compare};
+
+fn shared() -> PathBuf {
+    let beside = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared"));
+    if beside.is_dir() { beside } else { PathBuf::from("/work/shared") }
+}
+
+/// The reference inputs of a model.
+fn reference_inputs(refs: &str) -> BTreeMap<String, Tensor> {
+    let mut feeds = BTreeMap::new();
+    for entry in std::fs::read_dir(shared().join("models/refs").join(refs)).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if let Some(name) = name.strip_prefix("in.").and_then(|n| n.strip_suffix(".pb")) {
+            let proto = TensorProto::decode(std::fs::read(&path).unwrap().as_slice()).unwrap();
+            feeds.insert(name.to_string(), Tensor::from_proto(&proto).unwrap());
+        }
+    }
+    feeds
+}
+
+/// Made-up inputs of the merged T5 decoder.
+fn t5_inputs(model: &ModelProto, use_cache: bool) -> BTreeMap<String, Tensor> {
+    let mut random = Random(21);
+    let mut ids = |dims: &[usize]| {
+        let n = dims.iter().product();
+        Tensor::new(dims, (0..n).map(|_| (random.bits() % 90) as i64).collect())
+    };
+    let mut feeds = BTreeMap::new();
+    let (batch, encoder, past) = (2, 3, 2);
+    for input in &model.graph.as_ref().unwrap().input {
+        let name = input.name();
+        let tensor = match name {
+            "encoder_attention_mask" => Tensor::new(&[batch, encoder], vec![1i64, 1, 1, 1, 1, 0]),
+            "input_ids" => ids(&[batch, if use_cache { 1 } else { 4 }]),
+            "encoder_hidden_states" => {
+                let values = Random(5).values(batch * encoder * 32, -1.0, 1.0);
+                Tensor::new(&[batch, encoder, 32], values.iter().map(|v| *v as f32).collect())
+            }
+            "use_cache_branch" => Tensor::Bool(ndarray::ArrayD::from_elem(ndarray::IxDyn(&[1]), use_cache)),
+            _ if name.starts_with("past_key_values") => {
+                let length = if name.contains("encoder") { encoder } else { past };
+                let values = Random(name.len() as u64).values(batch * 4 * length * 8, -1.0, 1.0);
+                Tensor::new(&[batch, 4, length, 8], values.iter().map(|v| *v as f32).collect())
+            }
+            _ => continue,
+        };
+        feeds.insert(name.to_string(), tensor);
+    }
+    feeds
+}
+
+/// The model in double precision: differences of a deep f32 model drown in rounding.
+fn widen(model: &mut ModelProto) {
+    fn tensor(t: &mut TensorProto) {
+        if t.data_type() == DataType::Float as i32 {
+            let wide = Tensor::from_proto(t).unwrap();
+            *t = Tensor::new(wide.dims(), wide.to_f64()).to_proto(t.name());
+        }
+    }
+    fn graph(g: &mut GraphProto) {
+        g.initializer.iter_mut().for_each(tensor);
+        g.value_info.clear();
+        for info in g.input.iter_mut().chain(&mut g.output) {
+            if let Some(Value::TensorType(t)) = info.r#type.as_mut().and_then(|t| t.value.as_mut())
+                && t.elem_type() == DataType::Float as i32
+            {
+                t.elem_type = Some(DataType::Double as i32);
+            }
+        }
+        for node in &mut g.node {
+            let cast = node.is("Cast");
+            // ONNX Runtime has no Erf in double precision; in its place any function that bends as much will do.
+            if node.is("Erf") {
+                node.op_type = Some("Tanh".into());
+            }
+            for attribute in &mut node.attribute {
+                attribute.t.iter_mut().for_each(tensor);
+                attribute.g.iter_mut().for_each(graph);
+                if cast && attribute.name() == "to" && attribute.i == Some(DataType::Float as i64) {
+                    attribute.i = Some(DataType::Double as i64);
+                }
+            }
+        }
+    }
+    graph(model.graph.as_mut().unwrap());
+}
+
+/// Checks `file`: gradients by each float initializer of `min_rank` axes or more whose way is free.
+fn check(file: &str, feeds: impl Fn(&ModelProto) -> BTreeMap<String, Tensor>, of: &str) -> Vec<String> {
+    let mut model = Model::open(shared().join("models").join(file)).unwrap().to_inline().unwrap();
+    let mut feeds = feeds(&model);
+    let single = model.opset_import.iter().any(|o| o.domain() == "com.microsoft");
+    if !single {
+        widen(&mut model);
+        for tensor in feeds.values_mut().filter(|t| t.data_type() == DataType::Float) {
+            *tensor = Tensor::new(tensor.dims(), tensor.to_f64());
+        }
+    }
+    let (element, tolerance) = match single {
+        true => (DataType::Float, Tolerance::MODEL),
+        false => (DataType::Double, Tolerance::DOUBLE),
+    };
+    let graph = model.graph.as_mut().unwrap();
+    let mut wrt = Vec::new();
+    for tensor in &graph.initializer {
+        if tensor.data_type() == element as i32 && !tensor.dims.is_empty() {
+            let dims: Vec<String> = tensor.dims.iter().map(i64::to_string).collect();
+            let dims: Vec<&str> = dims.iter().map(String::as_str).collect();
+            if !graph.input.iter().any(|i| i.name() == tensor.name()) {
+                graph.input.push(value_info(tensor.name(), element, &dims));
+            }
+            feeds.insert(tensor.name().to_string(), Tensor::from_proto(tensor).unwrap());
+            wrt.push(tensor.name().to_string());
+        }
+    }
+    let mut failures = Vec::new();
+    for optimize in [false, true] {
+        if let Err(e) = compare(&model, &[of.to_string()], &wrt, &feeds, optimize, tolerance) {
+            failures.push(format!("{file} [optimize {optimize}]: {e}"));
+        }
+    }
+    failures
+}
+
+#[test]
+fn whole_models_agree_with_differences() {
+    let models = [
+        ("mlp2d.ts17.onnx", "mlp2d"),
+        ("mlp2d.dyn23.onnx", "mlp2d"),
+        ("mlp3d.dyn18.onnx", "mlp3d"),
+        ("bert.ts17.onnx", "bert"),
+        ("bert.ts11.onnx", "bert"),
+        ("bert.dyn18.onnx", "bert"),
+        ("bert_ext.dyn18.onnx", "bert"),
+        ("bert_nofold.ts17.onnx", "bert"),
+        ("bert_zero.ts17.onnx", "bert_zero"),
+        ("gpt2.ts17.onnx", "gpt2"),
+        ("llama.ts17.onnx", "llama"),
+        ("llama.dyn18.onnx", "llama"),
+        ("llama.dyn18.ort_ext.onnx", "llama"),
+        ("qwen2_tied_nofold.ts17.onnx", "qwen2_tied"),
+        ("vit.ts17.onnx", "vit"),
+    ];
+    let filter = std::env::var("MODEL").unwrap_or_default();
+    let mut failures = Vec::new();
+    for (file, refs) in models.iter().filter(|(file, _)| file.contains(&filter)) {
+        let model = Model::open(shared().join("models").join(file)).unwrap();
+        let of = model.graph().output[0].name().to_string();
+        failures.extend(check(file, |_| reference_inputs(refs), &of));
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn conditionals_agree_with_differences() {
+    let mut failures = Vec::new();
+    for use_cache in [false, true] {
+        failures.extend(check("t5_decoder_merged.optimum18.onnx", |m| t5_inputs(m, use_cache), "logits"));
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn refusals_name_everything_in_the_way() {
+    let model = Model::open(shared().join("models/bert.ts17.qdq.onnx")).unwrap();
+    let of = model.graph().output[0].name().to_string();
+    let wrt: Vec<String> = model.graph().initializer.iter().map(|t| t.name().to_string()).collect();
+    let floats: Vec<String> = model
+        .graph()
+        .initializer
+        .iter()
+        .filter(|t| t.data_type() == DataType::Float as i32)
+        .map(|t| t.name().to_string())
+        .collect();
+    assert!(!wrt.is_empty() && !floats.is_empty());
+    let request = Request { of: vec![(of, Seed::Input)], wrt: floats, input_dims: BTreeMap::new() };
+    let error = gradient_with(&model.proto, &request, &Rules::standard()).unwrap_err().to_string();
+    assert!(error.contains("QuantizeLinear") && error.contains("reezing"), "{error}");
+}
