@@ -69,11 +69,8 @@ pub fn compare(
     let mut unmatched: Vec<String> = names_a.iter().filter(|n| !names_b.contains(n)).cloned().collect();
     unmatched.extend(names_b.iter().filter(|n| !names_a.contains(n)).cloned());
     let (ran_a, ran_b) = (run(a, inputs, &common, engine, options)?, run(b, inputs, &common, engine, options)?);
-    let outputs = common
-        .iter()
-        .zip(ran_a.iter().zip(&ran_b))
-        .map(|(name, (a, b))| difference(name, a, b, tolerance))
-        .collect();
+    let outputs =
+        common.iter().zip(ran_a.iter().zip(&ran_b)).map(|(name, (a, b))| difference(name, a, b, tolerance)).collect();
     Ok(Comparison { engine: engine.name().into(), outputs, unmatched })
 }
 
@@ -89,9 +86,10 @@ fn run(
         .inputs()
         .iter()
         .map(|name| {
-            inputs.get_key_value(name).map(|(k, v)| (k.as_str(), v)).ok_or_else(|| {
-                Error::data(format!("{}: there is no data for input {name:?}", model.path.display()))
-            })
+            inputs
+                .get_key_value(name)
+                .map(|(k, v)| (k.as_str(), v))
+                .ok_or_else(|| Error::data(format!("{}: there is no data for input {name:?}", model.path.display())))
         })
         .collect::<Result<_>>()?;
     session.run(&given, wanted)
@@ -132,7 +130,10 @@ pub fn random_inputs(model: &Model, batch: usize, length: usize, seed: u64) -> R
             continue;
         }
         let Some((data_type, dims)) = declared(info) else {
-            return Err(Error::model(format!("input {:?} is not a tensor of a known type; give data with --data", info.name())));
+            return Err(Error::model(format!(
+                "input {:?} is not a tensor of a known type; give data with --data",
+                info.name()
+            )));
         };
         let shape: Vec<usize> = dims
             .iter()

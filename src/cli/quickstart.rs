@@ -84,7 +84,8 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     let worst = comparison.outputs.iter().map(|o| o.max_abs).fold(0.0, f64::max);
     let accuracy = |model: &Model| -> Result<f64> {
         let mut session = engine.load(&model.to_inline()?, &load)?;
-        let given: Vec<(&str, &Tensor)> = inputs.iter().filter(|(n, _)| *n == "pixels").map(|(n, t)| (n.as_str(), t)).collect();
+        let given: Vec<(&str, &Tensor)> =
+            inputs.iter().filter(|(n, _)| *n == "pixels").map(|(n, t)| (n.as_str(), t)).collect();
         let logits = session.run(&given, &["logits"])?;
         Ok(hits(&logits[0], &inputs["labels"]))
     };

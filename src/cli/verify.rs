@@ -61,7 +61,13 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     printer.result(&json!({"within": within, "atol": args.atol, "rtol": args.rtol, "comparison": comparison}), |p| {
         let rows = comparison.outputs.iter().map(|o| {
             let verdict = if o.within { "same" } else { "DIFFERENT" };
-            vec![o.output.clone(), format!("{:?}", o.shape), format!("{:.3e}", o.max_abs), format!("{:.3e}", o.max_rel), verdict.into()]
+            vec![
+                o.output.clone(),
+                format!("{:?}", o.shape),
+                format!("{:.3e}", o.max_abs),
+                format!("{:.3e}", o.max_rel),
+                verdict.into(),
+            ]
         });
         p.table(&["output", "shape", "max abs", "max rel", ""], rows.collect());
         for name in &comparison.unmatched {

@@ -107,10 +107,8 @@ fn pass<'a>(values: &Values<'a>, graph: usize, node: &'a NodeProto, budget: &mut
                 constant.dims = dims;
             }
         }
-        "Cast" => {
-            if node.attr_i("to", 0) != i64::from(constant.tensor.data_type()) {
-                constant.changed = Some("is converted by a Cast");
-            }
+        "Cast" if node.attr_i("to", 0) != i64::from(constant.tensor.data_type()) => {
+            constant.changed = Some("is converted by a Cast");
         }
         "DequantizeLinear" => constant.changed = Some("is dequantized by a DequantizeLinear"),
         _ => {}

@@ -1,0 +1,224 @@
+//! Against what ONNX Runtime computed: `fixtures/shapes/*.json`, made by `fixtures/shapes/make.py`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value as Json;
+
+use super::*;
+use crate::onnx::{Model, node, value_info};
+
+const RUNS: usize = 3;
+
+fn models() -> PathBuf {
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/models");
+    if beside.is_dir() { beside } else { "/work/shared/models".into() }
+}
+
+fn open(name: &str) -> Model {
+    Model::open(models().join(format!("{name}.onnx"))).expect("a model of the shared folder")
+}
+
+fn fixture(name: &str) -> Json {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("fixtures/shapes/{name}.json"));
+    serde_json::from_slice(&std::fs::read(path).expect("a fixture")).expect("JSON")
+}
+
+/// Sizes of a dimension in each run.
+fn runs(dim: &Json) -> [i64; RUNS] {
+    match dim.as_i64() {
+        Some(n) => [n; RUNS],
+        None => std::array::from_fn(|i| dim[i].as_i64().expect("a size")),
+    }
+}
+
+/// Of all values and dimensions of a model: how many are there, and of how many is how much known.
+#[derive(Debug, Default)]
+struct Coverage {
+    values: usize,
+    ranks: usize,
+    dims: usize,
+    bound: usize,
+}
+
+/// Holds every claim about the values of `graph` against the runs. `truth` says what each symbol was.
+fn check(
+    shapes: &Shapes,
+    graph: &GraphProto,
+    actual: &[Json],
+    truth: &mut HashMap<Dim, ([i64; RUNS], String)>,
+    seen: &mut Coverage,
+) {
+    let names: Vec<&String> = graph.node.iter().flat_map(|n| &n.output).filter(|o| !o.is_empty()).collect();
+    assert_eq!(names.len(), actual.len(), "the fixture is of another model");
+    for (name, actual) in names.into_iter().zip(actual) {
+        let Some([element, sizes @ ..]) = actual.as_array().map(Vec::as_slice) else { continue };
+        seen.values += 1;
+        seen.dims += sizes.len();
+        if let Some(claimed) = shapes.element(name) {
+            assert_eq!(Some(claimed as i64), element.as_i64(), "element type of {name}");
+        }
+        let Some(dims) = shapes.dims(name) else { continue };
+        seen.ranks += 1;
+        assert_eq!(dims.len(), sizes.len(), "rank of {name}");
+        for (dim, size) in dims.iter().zip(sizes) {
+            let size = runs(size);
+            match dim {
+                Dim::Known(n) => assert_eq!([*n; RUNS], size, "{name}"),
+                Dim::Symbol(_) => {
+                    let (first, at) = truth.entry(*dim).or_insert((size, name.clone()));
+                    assert_eq!(*first, size, "{} of {name} is not that of {at}", shapes.show(*dim));
+                }
+            }
+            seen.bound += usize::from(shapes.is_bound(*dim));
+        }
+    }
+}
+
+fn covered(name: &str) -> Coverage {
+    let (model, fixture) = (open(name), fixture(name));
+    let shapes = Shapes::infer(&model.proto, &BTreeMap::new());
+    let mut truth = HashMap::new();
+    for (input, sizes) in fixture["inputs"].as_object().expect("inputs") {
+        for (dim, size) in shapes.dims(input).expect("a declared input").iter().zip(sizes.as_array().expect("dims")) {
+            truth.insert(*dim, (runs(size), input.clone()));
+        }
+    }
+    let mut seen = Coverage::default();
+    for (place, values) in fixture["graphs"].as_object().expect("graphs") {
+        let values = values.as_array().expect("values");
+        let Some((output, attribute)) = place.split_once('/') else {
+            check(&shapes, model.graph(), values, &mut truth, &mut seen);
+            continue;
+        };
+        let node = model.graph().node.iter().find(|n| n.output[0] == output).expect("the If");
+        let branch = node.attr(attribute).and_then(|a| a.g.as_ref()).expect("a branch");
+        let inner = shapes.subgraph(branch, model.proto.opset());
+        check(&inner, branch, values, &mut truth.clone(), &mut seen);
+    }
+    seen
+}
+
+const ALL: [&str; 19] = [
+    "bert.dyn18",
+    "bert.ts11",
+    "bert.ts17",
+    "bert.ts17.qdq",
+    "bert_ext.dyn18",
+    "bert_fp16.dyn18",
+    "bert_nofold.ts17",
+    "bert_zero.ts17",
+    "gpt2.ts17",
+    "llama.dyn18",
+    "llama.dyn18.ort_ext",
+    "llama.ts17",
+    "mlp2d.dyn23",
+    "mlp2d.ts17",
+    "mlp3d.dyn18",
+    "qwen2_tied_nofold.ts17",
+    "seqnest.ts17",
+    "t5_decoder_merged.optimum18",
+    "vit.ts17",
+];
+
+/// Every rank is known, and every dimension is a number or follows from the inputs' dimensions.
+#[test]
+fn what_is_claimed_of_the_shared_models_is_so() {
+    for name in ALL {
+        let seen = covered(name);
+        // The branches of T5's If give keys and values of different lengths.
+        let open = if name.starts_with("t5") { 4 } else { 0 };
+        assert!(seen.values > 10, "{name}: {seen:?}");
+        assert_eq!(seen.ranks, seen.values, "{name}: {seen:?}");
+        assert_eq!(seen.bound, seen.dims - open, "{name}: {seen:?}");
+    }
+}
+
+/// Batch and length are one symbol each from the embedding to the head.
+#[test]
+fn the_residual_stream_keeps_its_symbols() {
+    for name in ALL.into_iter().filter(|n| ["bert", "gpt2", "llama", "qwen2"].iter().any(|m| n.starts_with(m))) {
+        let model = open(name);
+        let shapes = Shapes::infer(&model.proto, &BTreeMap::new());
+        let ids = shapes.dims("input_ids").expect("an input").to_vec();
+        let mut seen = 0;
+        for node in model.graph().node.iter().filter(|n| n.is("Add") || n.is("MatMul")) {
+            let [batch, length, Dim::Known(_)] = shapes.dims(&node.output[0]).expect("known ranks")[..] else {
+                continue;
+            };
+            // Tables of positions are made beside the stream, for all sequences of a batch at once.
+            if batch != Dim::Known(1) {
+                assert_eq!([batch, length], ids[..], "{name}: {}", node.output[0]);
+                seen += 1;
+            }
+        }
+        assert!(seen > 4, "{name}: {seen} values");
+    }
+}
+
+/// Inputs that a call fixes make numbers of everything.
+#[test]
+fn input_dims_override_what_is_declared() {
+    let model = open("bert.ts17");
+    let fixed = BTreeMap::from([("input_ids".into(), vec![2, 5]), ("attention_mask".into(), vec![2, 5])]);
+    let shapes = Shapes::infer(&model.proto, &fixed);
+    for node in &model.graph().node {
+        for output in &node.output {
+            let dims = shapes.dims(output).expect("a rank");
+            assert!(dims.iter().all(|d| matches!(d, Dim::Known(_))), "{output}: {dims:?}");
+        }
+    }
+    assert_eq!(shapes.dims("out"), Some(&[Dim::Known(2), Dim::Known(3)][..]));
+}
+
+/// ONNX Runtime cannot run this one (its heads are too small), so only what the file itself declares is compared.
+#[test]
+fn contrib_operators_of_a_generator_model() {
+    let model = open("llama.genai_int4");
+    let shapes = Shapes::infer(&model.proto, &BTreeMap::new());
+    for node in &model.graph().node {
+        assert!(node.output.iter().all(|o| o.is_empty() || shapes.rank(o).is_some()), "{}", node.op_type());
+    }
+    let ids = shapes.dims("input_ids").expect("an input");
+    assert_eq!(shapes.dims("logits"), Some(&[ids[0], ids[1], Dim::Known(96)][..]));
+}
+
+/// Attributes and inputs that make no sense leave things unknown.
+#[test]
+fn hostile_nodes_do_not_panic() {
+    const STRANGE: [i64; 7] = [i64::MIN, -7, -1, 0, 1, 3, i64::MAX];
+    const ATTRIBUTES: &str = "axis axes perm split starts ends pads strides dilations kernel_shape blocksize start end \
+        batch_dims N num_heads kv_num_heads q_num_heads group hidden_size to dtype k shape output_shape equation scales \
+        qkv_hidden_sizes output_padding stash_type output_dtype value_ints value_int";
+    const INPUTS: [&[&str]; 6] =
+        [&[], &["x"], &["x", "v"], &["x", "v", "v", "v", "x"], &["v", "x", "x", "x", "v"], &["x", "x", "x", "x"]];
+    for name in op::names() {
+        for (k, value) in STRANGE.into_iter().enumerate() {
+            for (inputs, bare) in INPUTS.into_iter().flat_map(|i| [(i, true), (i, false)]) {
+                let (domain, op) = name.split_once(':').unwrap_or(("", name));
+                let mut node = node(op, inputs, &["a", "b", "", "c"]);
+                node.domain = Some(domain.into());
+                for name in ATTRIBUTES.split_whitespace().filter(|_| !bare) {
+                    let mut attribute = crate::onnx::AttributeProto::ints(name, &STRANGE[..k]);
+                    attribute.i = Some(value);
+                    attribute.s = Some("a...b,->...".into());
+                    attribute.floats = vec![f32::NAN, f32::MAX, -1.0];
+                    node.attribute.push(attribute);
+                }
+                let mut graph = GraphProto { node: vec![node], ..Default::default() };
+                crate::onnx::constant_i64(&mut graph, "v", &STRANGE);
+                for (opset, input) in [1, 9, 11, 13, 18, 23].into_iter().flat_map(|o| [(o, None), (o, Some("x"))]) {
+                    let mut shapes = Shapes::default();
+                    if let Some(input) = input {
+                        let declared = shapes.declared(&value_info(input, DataType::Float, &["2", "", "4"]));
+                        shapes.values.insert(input.into(), declared);
+                    }
+                    shapes.graph(&graph, opset);
+                    for dims in ["a", "b", "c"].iter().filter_map(|o| shapes.dims(o)) {
+                        assert!(dims.iter().all(|d| !matches!(d, Dim::Known(n) if *n < 0)), "{name}: {dims:?}");
+                    }
+                }
+            }
+        }
+    }
+}
