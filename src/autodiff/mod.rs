@@ -1,16 +1,42 @@
 //! Reverse-mode differentiation, ONNX → ONNX.
+//!
+//! [`gradient`] walks the graph backwards from a result to the parameters that training changes, and only along the
+//! nodes between them. Each operator has a row in a table ([`Rules`]): its vector-Jacobian product, the reason why its
+//! derivative is zero, or the reason why it is refused. The result is an ordinary model on standard operators; shapes
+//! that are not known when it is made are computed in the graph, so a dynamic batch stays dynamic.
+//!
+//! | file | what lives there |
+//! |---|---|
+//! | `reverse` | the walk |
+//! | `emit` | the builder: names, constants, one node where two would be equal |
+//! | `vjp` | what a rule sees |
+//! | `unbroadcast` | the transpose of broadcasting |
+//! | `rules` | the table, one file per family of operators |
 
-use std::collections::BTreeMap;
+mod emit;
+mod reverse;
+mod rules;
+mod unbroadcast;
+mod vjp;
 
-use crate::Result;
-use crate::onnx::ModelProto;
+use std::collections::{BTreeMap, HashSet};
+
+pub use emit::Emitter;
+pub use rules::{Rule, Rules};
+pub use vjp::{Adjoints, Vjp};
+
+use crate::onnx::shape::Shapes;
+use crate::onnx::{DataType, GraphProto, ModelProto, NodeProto, ValueInfoProto, value_info};
+use crate::{Error, Result, did_you_mean};
+use reverse::{Path, Scope};
+use vjp::{Constants, known};
 
 /// What to differentiate.
 #[derive(Debug, Clone, Default)]
 pub struct Request {
     /// Values to differentiate, each with its seed.
     pub of: Vec<(String, Seed)>,
-    /// Graph inputs or initializers to differentiate by.
+    /// Graph inputs, initializers or other values of the main graph to differentiate by.
     pub wrt: Vec<String>,
     /// Concrete shapes of graph inputs, where the caller knows them: the gradient graph gets smaller by it.
     pub input_dims: BTreeMap<String, Vec<i64>>,
@@ -34,10 +60,186 @@ pub struct Gradient {
     pub gradients: Vec<String>,
 }
 
-/// Extends `model` (tensors may be external) by the gradient of `request.of` with respect to `request.wrt`.
+/// Extends `model` (tensors may be external) by the gradient of `request.of` with respect to `request.wrt`, with the
+/// standard rules. The operator set is lifted to 17 where it is older.
 ///
 /// # Errors
-/// Names every operator on the way that has no rule, with its node, before any work is done.
-pub fn gradient(_model: &ModelProto, _request: &Request) -> Result<Gradient> {
-    Err(crate::Error::model("not written yet"))
+/// Names every operator on the way that has no rule, with its nodes, before any work is done.
+pub fn gradient(model: &ModelProto, request: &Request) -> Result<Gradient> {
+    gradient_with(model, request, &Rules::standard())
+}
+
+/// [`gradient`] with a table of rules of the caller's.
+///
+/// # Errors
+/// As [`gradient`].
+pub fn gradient_with(model: &ModelProto, request: &Request, rules: &Rules) -> Result<Gradient> {
+    let mut model = model.clone();
+    let shapes = Shapes::infer(&model, &request.input_dims);
+    let emitter = Emitter::new(&model);
+    let graph = model.graph.as_mut().ok_or_else(|| Error::model("the model holds no graph"))?;
+    check_names(graph, request)?;
+
+    let mut constants = Constants::new();
+    let open: HashSet<&str> =
+        graph.input.iter().map(|v| v.name()).chain(request.wrt.iter().map(String::as_str)).collect();
+    reverse::add_constants(&mut constants, graph, &open);
+    let scope = Scope { nodes: &graph.node, shapes: &shapes, constants: &constants, rules, opset: emitter.opset };
+    let of: Vec<String> = request.of.iter().map(|(value, _)| value.clone()).collect();
+    let path = Path::find(scope, &of, &request.wrt)?;
+    if !path.obstacles.is_empty() {
+        return Err(refusal(&path, request));
+    }
+
+    let mut new_inputs = Vec::new();
+    let mut seeds = Vec::new();
+    for (value, seed) in &request.of {
+        seeds.push((value.clone(), plant(value, *seed, &shapes, &emitter, &mut new_inputs)?));
+    }
+    let adjoints = path.reverse(scope, &emitter, seeds, &request.wrt)?;
+
+    let mut gradients = Vec::new();
+    let mut new_outputs = Vec::new();
+    for (wrt, adjoint) in request.wrt.iter().zip(adjoints) {
+        let name = emitter.fresh(&format!("{wrt}.grad"));
+        let element = element_of(wrt, graph, &shapes).unwrap_or(DataType::Float);
+        let adjoint = match adjoint {
+            Some(adjoint) => adjoint,
+            None => {
+                let zero = emitter.float(0.0, element).ok_or_else(|| {
+                    Error::model(format!("{wrt} is no floating-point tensor, so it has no gradient"))
+                })?;
+                emitter.expand(zero, emitter.shape(wrt))
+            }
+        };
+        emitter.named("Identity", &adjoint, &name);
+        new_outputs.push(declare(&name, element, wrt, &shapes));
+        gradients.push(name);
+    }
+
+    emitter.amend(&mut graph.node);
+    let (nodes, constants) = emitter.finish();
+    let live = new_outputs.iter().map(|v| v.name().to_string()).collect();
+    graph.node.extend(used(nodes, live));
+    let needed: HashSet<&str> = used_names(&graph.node);
+    graph.initializer.extend(constants.into_iter().filter(|t| needed.contains(t.name())));
+    graph.input.extend(new_inputs);
+    graph.output.extend(new_outputs);
+    Ok(Gradient { model, gradients })
+}
+
+/// Every name in the request is a value of the main graph.
+fn check_names(graph: &GraphProto, request: &Request) -> Result<()> {
+    let mut values: Vec<&str> = graph.input.iter().map(|v| v.name()).collect();
+    values.extend(graph.initializer.iter().map(|t| t.name()));
+    values.extend(graph.node.iter().flat_map(|n| n.output.iter().map(String::as_str)));
+    let all: HashSet<&str> = values.iter().copied().filter(|v| !v.is_empty()).collect();
+    for name in request.of.iter().map(|(value, _)| value).chain(&request.wrt) {
+        if !all.contains(name.as_str()) {
+            let near = did_you_mean(name, values);
+            return Err(Error::config(format!("the model's main graph has no value {name:?}.{near}")));
+        }
+    }
+    Ok(())
+}
+
+/// The adjoint that the walk starts from at `value`.
+fn plant(
+    value: &str,
+    seed: Seed,
+    shapes: &Shapes,
+    emitter: &Emitter,
+    inputs: &mut Vec<ValueInfoProto>,
+) -> Result<String> {
+    let element = shapes.element(value).unwrap_or(DataType::Float);
+    match seed {
+        Seed::Input => {
+            let name = emitter.fresh(&format!("{value}.seed"));
+            inputs.push(declare(&name, element, value, shapes));
+            Ok(name)
+        }
+        Seed::One => {
+            let one = emitter.float(1.0, element).ok_or_else(|| {
+                Error::model(format!("{value} is no floating-point tensor, so it cannot be differentiated"))
+            })?;
+            Ok(match shapes.rank(value) {
+                Some(0) => one,
+                _ => emitter.expand(one, emitter.shape(value)),
+            })
+        }
+    }
+}
+
+/// Declares `name` with the shape of `like`, as far as it is known.
+fn declare(name: &str, element: DataType, like: &str, shapes: &Shapes) -> ValueInfoProto {
+    match shapes.dims(like) {
+        Some(dims) => {
+            let dims: Vec<String> =
+                dims.iter().map(|d| known(d).map(|n| n.to_string()).unwrap_or_default()).collect();
+            value_info(name, element, &dims.iter().map(String::as_str).collect::<Vec<_>>())
+        }
+        None => {
+            let mut info = value_info(name, element, &[]);
+            if let Some(crate::onnx::proto::type_proto::Value::TensorType(tensor)) =
+                info.r#type.as_mut().and_then(|t| t.value.as_mut())
+            {
+                tensor.shape = None;
+            }
+            info
+        }
+    }
+}
+
+/// Element type of a value, from what was inferred or from the initializer itself.
+fn element_of(value: &str, graph: &GraphProto, shapes: &Shapes) -> Option<DataType> {
+    let stored = || graph.initializer.iter().find(|t| t.name() == value).map(|t| t.data_type());
+    shapes.element(value).or_else(|| DataType::try_from(stored()?).ok())
+}
+
+/// The nodes that `live` values need, in order.
+pub(crate) fn used(nodes: Vec<NodeProto>, mut live: HashSet<String>) -> Vec<NodeProto> {
+    let mut kept: Vec<NodeProto> = Vec::with_capacity(nodes.len());
+    for node in nodes.into_iter().rev() {
+        if node.output.iter().any(|y| live.contains(y)) {
+            live.extend(reverse::inputs(&node));
+            kept.push(node);
+        }
+    }
+    kept.reverse();
+    kept
+}
+
+/// Names that `nodes` or their subgraphs mention as inputs.
+fn used_names(nodes: &[NodeProto]) -> HashSet<&str> {
+    let mut names: HashSet<&str> = HashSet::new();
+    for node in nodes {
+        names.extend(node.input.iter().map(String::as_str));
+        for graph in node.attribute.iter().filter_map(|a| a.g.as_ref()) {
+            names.extend(used_names(&graph.node));
+        }
+    }
+    names
+}
+
+/// The error that names everything in the way at once.
+fn refusal(path: &Path, request: &Request) -> Error {
+    const SHOWN: usize = 5;
+    let list = |names: &[String]| match names.len().checked_sub(SHOWN) {
+        Some(more @ 1..) => format!("{} and {more} more", names[..SHOWN].join(", ")),
+        _ => names.join(", "),
+    };
+    let mut text = format!("{} operators on the way to the trained tensors have no derivative:", path.obstacles.len());
+    if path.obstacles.len() == 1 {
+        text = "an operator on the way to the trained tensors has no derivative:".into();
+    }
+    for ((op, why), nodes) in &path.obstacles {
+        text += &format!("\n  {op} ({why}) at {}", list(nodes));
+    }
+    let blocked: Vec<String> = path.blocked.iter().cloned().collect();
+    let free = request.wrt.iter().filter(|w| !path.blocked.contains(*w)).count();
+    text += &match free {
+        0 => "\nEvery tensor to train lies before one of them; train tensors that come after them instead.".to_string(),
+        _ => format!("\nFreezing these {} avoids them ({free} stay trainable): {}", blocked.len(), list(&blocked)),
+    };
+    Error::model(text)
 }

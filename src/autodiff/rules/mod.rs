@@ -1,0 +1,102 @@
+//! The table of rules: one row per operator, one file per family.
+//!
+//! Formulas follow the operator specifications of ONNX (<https://onnx.ai/onnx/operators/>) and, for the domain
+//! `com.microsoft`, ONNX Runtime's `docs/ContribOperators.md`; derivatives are textbook ones, checked against finite
+//! differences in `tests/autodiff`.
+
+mod contrib;
+mod control;
+mod elementwise;
+mod index;
+mod layout;
+mod matmul;
+mod norm;
+mod reduce;
+mod softmax;
+mod zero;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use super::vjp::{Adjoints, Vjp};
+use crate::Result;
+use crate::onnx::NodeProto;
+
+/// What is known of an operator's derivative.
+#[derive(Clone)]
+pub enum Rule {
+    /// The function that emits it.
+    Vjp(Arc<dyn Fn(&Vjp) -> Result<Adjoints> + Send + Sync>),
+    /// It is zero wherever it exists, for this reason.
+    Zero(&'static str),
+    /// It is not given, for this reason.
+    Refused(&'static str),
+}
+
+impl Rule {
+    pub fn vjp(rule: impl Fn(&Vjp) -> Result<Adjoints> + Send + Sync + 'static) -> Self {
+        Rule::Vjp(Arc::new(rule))
+    }
+}
+
+impl fmt::Debug for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Rule::Vjp(_) => f.write_str("Vjp"),
+            Rule::Zero(why) => write!(f, "Zero({why})"),
+            Rule::Refused(why) => write!(f, "Refused({why})"),
+        }
+    }
+}
+
+/// Domain of ONNX Runtime's own operators.
+pub(super) const MICROSOFT: &str = "com.microsoft";
+
+/// A table of rules by domain (`""` for the default one) and operator.
+#[derive(Debug, Clone, Default)]
+pub struct Rules(BTreeMap<(String, String), Rule>);
+
+impl Rules {
+    /// The rules of this crate.
+    pub fn standard() -> Self {
+        let mut rules = Self::default();
+        elementwise::add(&mut rules);
+        matmul::add(&mut rules);
+        reduce::add(&mut rules);
+        layout::add(&mut rules);
+        index::add(&mut rules);
+        norm::add(&mut rules);
+        softmax::add(&mut rules);
+        contrib::add(&mut rules);
+        control::add(&mut rules);
+        zero::add(&mut rules);
+        rules
+    }
+
+    /// The table with one row more, or another one in its place.
+    pub fn with(mut self, domain: &str, op: &str, rule: Rule) -> Self {
+        self.insert(domain, op, rule);
+        self
+    }
+
+    pub(super) fn insert(&mut self, domain: &str, op: &str, rule: Rule) {
+        self.0.insert((domain.into(), op.into()), rule);
+    }
+
+    /// Adds a rule of the default domain.
+    fn vjp(&mut self, op: &str, rule: impl Fn(&Vjp) -> Result<Adjoints> + Send + Sync + 'static) {
+        self.insert("", op, Rule::vjp(rule));
+    }
+
+    /// The row for `node`'s operator.
+    pub fn get(&self, node: &NodeProto) -> Option<&Rule> {
+        let domain = if node.domain() == "ai.onnx" { "" } else { node.domain() };
+        self.0.get(&(domain.to_string(), node.op_type().to_string()))
+    }
+
+    /// Every row: domain, operator, rule.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str, &Rule)> {
+        self.0.iter().map(|((domain, op), rule)| (domain.as_str(), op.as_str(), rule))
+    }
+}

@@ -1,0 +1,81 @@
+//! Operators whose outputs do not move when their inputs do, and operators whose derivative is refused.
+
+use super::{MICROSOFT, Rule, Rules};
+
+const SHAPE: &str = "depends on the shape of its input alone";
+const STEPS: &str = "is a step function: its derivative is zero wherever it exists";
+const BOOLEAN: &str = "gives truth values";
+const INTEGER: &str = "gives or takes integers";
+const RANDOM: &str = "draws random numbers, whatever its input holds";
+
+const ZERO: &[(&str, &str)] = &[
+    ("And", BOOLEAN),
+    ("ArgMax", INTEGER),
+    ("ArgMin", INTEGER),
+    ("Bernoulli", STEPS),
+    ("BitShift", INTEGER),
+    ("BitwiseAnd", INTEGER),
+    ("BitwiseNot", INTEGER),
+    ("BitwiseOr", INTEGER),
+    ("BitwiseXor", INTEGER),
+    ("Ceil", STEPS),
+    ("Constant", "has no inputs"),
+    ("ConstantOfShape", SHAPE),
+    ("Equal", BOOLEAN),
+    ("EyeLike", SHAPE),
+    ("Floor", STEPS),
+    ("Greater", BOOLEAN),
+    ("GreaterOrEqual", BOOLEAN),
+    ("Hardmax", STEPS),
+    ("IsInf", BOOLEAN),
+    ("IsNaN", BOOLEAN),
+    ("Less", BOOLEAN),
+    ("LessOrEqual", BOOLEAN),
+    ("Multinomial", RANDOM),
+    ("NonMaxSuppression", INTEGER),
+    ("NonZero", INTEGER),
+    ("Not", BOOLEAN),
+    ("Or", BOOLEAN),
+    ("RandomNormal", "has no inputs"),
+    ("RandomNormalLike", RANDOM),
+    ("RandomUniform", "has no inputs"),
+    ("RandomUniformLike", RANDOM),
+    ("Round", STEPS),
+    ("Shape", SHAPE),
+    ("Sign", STEPS),
+    ("Size", SHAPE),
+    ("Xor", BOOLEAN),
+];
+
+const ROUNDS: &str = "rounds to a grid, which has no useful derivative; train the model before it is quantized";
+const FUSED: &str = "is a fused operator; export the model without this fusion";
+const LOOP: &str = "runs its body an unknown number of times; export the model with the loop unrolled";
+
+const REFUSED: &[(&str, &str, &str)] = &[
+    ("", "Attention", "is not written yet; export the model with an operator set below 23"),
+    ("", "DynamicQuantizeLinear", ROUNDS),
+    ("", "GRU", "is recurrent; rules for recurrent operators are not written yet"),
+    ("", "LSTM", "is recurrent; rules for recurrent operators are not written yet"),
+    ("", "Loop", LOOP),
+    ("", "MatMulInteger", ROUNDS),
+    ("", "Mod", "jumps wherever its operands divide"),
+    ("", "QLinearMatMul", ROUNDS),
+    ("", "QuantizeLinear", ROUNDS),
+    ("", "RNN", "is recurrent; rules for recurrent operators are not written yet"),
+    ("", "Range", "has a length that depends on its inputs"),
+    ("", "ReduceProd", "is not written yet"),
+    ("", "Scan", LOOP),
+    (MICROSOFT, "Attention", FUSED),
+    (MICROSOFT, "GroupQueryAttention", FUSED),
+    (MICROSOFT, "MultiHeadAttention", FUSED),
+    (MICROSOFT, "RotaryEmbedding", FUSED),
+];
+
+pub(super) fn add(rules: &mut Rules) {
+    for (op, why) in ZERO {
+        rules.insert("", op, Rule::Zero(why));
+    }
+    for (domain, op, why) in REFUSED {
+        rules.insert(domain, op, Rule::Refused(why));
+    }
+}
