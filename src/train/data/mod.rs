@@ -83,27 +83,6 @@ struct Padding {
     length: Option<usize>,
 }
 
-/// The arrays of a `.safetensors` or `.npz` file by name, as they are.
-///
-/// # Errors
-/// Names the file, and the array that cannot be used.
-pub fn read_arrays(path: &Path) -> Result<BTreeMap<String, Tensor>> {
-    let columns = match path.extension().and_then(|e| e.to_str()) {
-        Some("safetensors") => arrays::safetensors(path)?,
-        Some("npz") => arrays::npz(path)?,
-        _ => return Err(Error::data(format!("{}: arrays are read from .safetensors and .npz files", path.display()))),
-    };
-    let tensor = |(name, column): (String, Column)| match &column {
-        Column::Dense { data_type, dims, bytes } => Tensor::from_bytes(*data_type, dims, bytes)
-            .map(|t| (name.clone(), t))
-            .map_err(|what| Error::data(format!("{}: array {name}: {what}", path.display()))),
-        Column::Ragged { .. } => {
-            Err(Error::data(format!("{}: array {name} has rows of different lengths", path.display())))
-        }
-    };
-    columns.into_iter().map(tensor).collect()
-}
-
 impl Dataset {
     /// Reads `path` by its extension: `.safetensors`, `.npz` or `.jsonl`.
     ///
@@ -163,7 +142,10 @@ impl Dataset {
     }
 }
 
-/// All arrays of a `.safetensors` or `.npz` file, by name.
+/// The arrays of a `.safetensors` or `.npz` file by name, as they are.
+///
+/// # Errors
+/// Names the file, and the array that cannot be used.
 pub fn read_arrays(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let arrays = match extension(path).as_str() {
         "safetensors" => arrays::safetensors(path)?,
