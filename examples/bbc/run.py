@@ -144,7 +144,8 @@ def one_run(args, files, method, size, seed):
     data = split_dir(args.work, size, seed)
     say(f"{folder.name}: training")
     call([args.bin, "inject", files["model"], "-o", injected, *inject], log)
-    command = [args.bin, "train", injected, "-o", out, "--data", data / "train.jsonl", "--eval-data", data / "test.jsonl"]
+    command = [args.bin, "train", injected, "-o", out, "--data", data / "train.jsonl"]
+    command += ["--eval-data", data / "test.jsonl", "--eval-strategy", "end"]
     command += ["--loss", "cross-entropy", "--output", "topic", "--tokenizer", files["tokenizer"]]
     command += ["--text-field", "text", "--label-field", "label", *flags(settings), "--engine", args.engine]
     _, seconds = call(command, log)

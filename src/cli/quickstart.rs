@@ -69,7 +69,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
         load: args.engine.load_options(),
         ..TrainOptions::new(&run, &data, Loss::CrossEntropy)
     };
-    let summary = train::run(&Model::open(&injected)?, &options, engine.as_ref(), &mut Bar::new(printer))?;
+    let summary = train::run(&Model::open(&injected)?, &options, engine.as_ref(), &mut Bar::new(printer, false))?;
 
     printer.say("3. fold: the blocks go into the weights");
     let trained = Model::open(run.join("injected.onnx"))?;

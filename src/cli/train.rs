@@ -11,7 +11,7 @@ use crate::onnx::Model;
 use crate::train::data::TextOptions;
 use crate::train::optimizer::Rule;
 use crate::train::schedule::Shape;
-use crate::train::{self, EvalReport, Loss, Plan, Progress, StepReport, Summary, TrainOptions};
+use crate::train::{self, EvalReport, EvalStrategy, Loss, Plan, Progress, StepReport, Summary, TrainOptions};
 use crate::{Error, Result};
 
 /// Train an injected model's adapters (and head) on your data
@@ -28,9 +28,13 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
 
-    /// Data to evaluate on after every epoch
+    /// Data to evaluate on
     #[arg(long, value_name = "FILE")]
     eval_data: Option<PathBuf>,
+
+    /// When to evaluate: after every epoch, or at the end only
+    #[arg(long, default_value = "epoch")]
+    eval_strategy: EvalStrategy,
 
     /// cross-entropy (class ids; -100 is left out) or mse
     #[arg(long)]
@@ -122,7 +126,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     let options = args.options()?;
     let model = Model::open(&args.model)?;
     let engine = args.engine.open(printer)?;
-    let summary = train::run(&model, &options, engine.as_ref(), &mut Bar::new(printer))?;
+    let summary = train::run(&model, &options, engine.as_ref(), &mut Bar::new(printer, true))?;
     let last = summary.evals.last();
     let value = json!({
         "output_dir": args.output_dir,
@@ -167,6 +171,7 @@ impl Args {
         };
         Ok(TrainOptions {
             eval_data: self.eval_data.clone(),
+            eval_strategy: self.eval_strategy,
             output: self.output.clone(),
             labels: self.labels.clone(),
             text: TextOptions {
@@ -196,12 +201,14 @@ impl Args {
 /// A run's progress on stderr: steps, loss, time left.
 pub struct Bar<'a> {
     printer: &'a Printer,
+    /// Print a line for every evaluation.
+    evaluations: bool,
     bar: ProgressBar,
 }
 
 impl<'a> Bar<'a> {
-    pub fn new(printer: &'a Printer) -> Self {
-        Self { printer, bar: ProgressBar::hidden() }
+    pub fn new(printer: &'a Printer, evaluations: bool) -> Self {
+        Self { printer, evaluations, bar: ProgressBar::hidden() }
     }
 }
 
@@ -220,7 +227,9 @@ impl Progress for Bar<'_> {
     }
 
     fn evaluated(&mut self, report: &EvalReport) {
-        self.bar.suspend(|| self.printer.say(eval_text(report)));
+        if self.evaluations {
+            self.bar.suspend(|| self.printer.say(eval_text(report)));
+        }
     }
 }
 

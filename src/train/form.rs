@@ -93,7 +93,8 @@ fn rewrite(graph: &mut GraphProto, calls: &[Call], names: &mut Names) {
         let tiled = call.and_then(|call| {
             let weight = node.input_at(1)?.to_string();
             let trans_b = node.attr_i("transB", 0) != 0;
-            let plain = node.is("MatMul") || node.is("Gemm") && node.attr_i("transA", 0) == 0 && node.attr_f("alpha", 1.0) == 1.0;
+            let plain = node.is("MatMul")
+                || node.is("Gemm") && node.attr_i("transA", 0) == 0 && node.attr_f("alpha", 1.0) == 1.0;
             let selection = selection(call, &branches).filter(|_| plain)?;
             let weight = merged.entry((weight.clone(), call.block)).or_insert_with(|| {
                 let mut merge = Merge { graph, nodes: &mut rewritten, names, sizes: call.sizes };
@@ -140,9 +141,12 @@ impl Merge<'_> {
         };
         if n * r == inputs {
             // Whole shards: the block broadcasts over them.
-            let shards = self.ints("shards", if trans_b { &[outputs, n, r] } else { &[n, r, outputs] });
-            let flat = self.ints("flat", if trans_b { &[outputs, inputs] } else { &[inputs, outputs] });
-            let one = self.ints("one", if trans_b { &[outputs, 1, r] } else { &[1, r, outputs] });
+            let [shards, flat, one] = match trans_b {
+                true => [vec![outputs, n, r], vec![outputs, inputs], vec![outputs, 1, r]],
+                false => [vec![n, r, outputs], vec![inputs, outputs], vec![1, r, outputs]],
+            };
+            let (shards, flat) = (self.ints("shards", &shards), self.ints("flat", &flat));
+            let one = self.ints("one", &one);
             let weight = self.op("Reshape", "sharded", &[weight, &shards], Vec::new());
             let block = self.op("Reshape", "block", &[&block, &one], Vec::new());
             let sum = self.op("Add", "sum", &[&weight, &block], Vec::new());
@@ -176,7 +180,8 @@ fn tiled(v: &Vjp) -> Result<Adjoints> {
     let (x, weight, dy) = (v.x(0)?, v.x(1)?, v.dy()?);
     let (block, selection) = (v.x(BLOCK)?, v.x(SELECTION)?);
     let trans_b = v.node.attr_i("transB", 0) != 0;
-    let dx = v.wants(0).then(|| if trans_b { v.matmul(dy, weight) } else { v.matmul(dy, v.transpose(weight, &[1, 0])) });
+    let dx =
+        v.wants(0).then(|| if trans_b { v.matmul(dy, weight) } else { v.matmul(dy, v.transpose(weight, &[1, 0])) });
     let mut db = None;
     if v.wants(BLOCK) {
         let sizes = (v.static_dims(selection), v.static_dims(block));

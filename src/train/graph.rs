@@ -3,12 +3,17 @@
 use std::collections::{BTreeMap, HashSet};
 
 use super::data::{Batch, Field};
+use super::form;
 use super::loss::{self, Loss, LossNames};
 use crate::adapter::Injection;
-use crate::autodiff::{self, Request, Seed};
+use crate::autodiff::{self, Request, Rules, Seed};
 use crate::engine::{Engine, LoadOptions, Session};
+use crate::onnx::upgrade::upgrade;
 use crate::onnx::{DataType, Model, ModelProto, Tensor, value_info};
 use crate::{Error, Result};
+
+/// Operator set that a model is lifted to for training, where it is older.
+const OPSET: i64 = 17;
 
 /// An initializer that is trained.
 #[derive(Debug, Clone)]
@@ -62,14 +67,11 @@ pub fn parameters(model: &Model, injection: &Injection) -> Result<Vec<Parameter>
         .collect()
 }
 
-/// The model that is differentiated: what `injected` computes, in whatever form trains fastest.
-fn training_form(injected: ModelProto, _injection: &Injection) -> Result<ModelProto> {
-    Ok(injected)
-}
-
 /// A loss over a model whose parameters are inputs, ready to be loaded with or without gradients.
 pub struct LossModel {
+    /// In training form (`form.rs`).
     model: ModelProto,
+    rules: Rules,
     names: LossNames,
     output: String,
     parameters: Vec<String>,
@@ -85,14 +87,16 @@ impl LossModel {
         output: &Field,
         label_rank: usize,
     ) -> Result<Self> {
-        let mut proto = training_form(model.to_inline()?, injection)?;
+        let mut proto = model.to_inline()?;
+        upgrade(&mut proto, OPSET)?;
+        let rules = form::training_form(&mut proto, injection);
         promote(&mut proto, parameters);
         let names = loss::append(&mut proto, loss, output, label_rank)?;
         if let Some(graph) = &mut proto.graph {
             graph.output.retain(|o| o.name() == output.name || o.name() == names.loss);
         }
         let parameters = parameters.iter().map(|p| p.name.clone()).collect();
-        Ok(Self { model: proto, names, output: output.name.clone(), parameters })
+        Ok(Self { model: proto, rules, names, output: output.name.clone(), parameters })
     }
 
     /// Derives the gradients and loads them with the loss.
@@ -109,7 +113,8 @@ impl LossModel {
             wrt: self.parameters.clone(),
             input_dims: BTreeMap::new(),
         };
-        let gradient = autodiff::gradient(&model, &request)?;
+        let mut gradient = autodiff::gradient_with(&model, &request, &self.rules)?;
+        gradient.model.graph.iter_mut().for_each(form::lower);
         let session = engine.load(&gradient.model, options)?;
         let wanted = std::iter::once(self.names.loss.clone()).chain(gradient.gradients).collect();
         Ok(GradientSession { session, labels: self.names.labels.clone(), wanted })
@@ -117,7 +122,9 @@ impl LossModel {
 
     /// Loads the loss and the output it is made of, without gradients.
     pub fn forward(&self, engine: &dyn Engine, options: &LoadOptions) -> Result<ForwardSession> {
-        let session = engine.load(&self.model, options)?;
+        let mut model = self.model.clone();
+        model.graph.iter_mut().for_each(form::lower);
+        let session = engine.load(&model, options)?;
         let wanted = [self.names.loss.clone(), self.output.clone()];
         Ok(ForwardSession { session, labels: self.names.labels.clone(), wanted })
     }

@@ -7,6 +7,7 @@
 mod curve;
 pub mod data;
 mod evaluate;
+mod form;
 mod graph;
 mod loss;
 mod metrics;
@@ -21,7 +22,7 @@ use std::time::Instant;
 
 pub use loss::Loss;
 pub use metrics::{EvalReport, StepReport};
-pub use options::TrainOptions;
+pub use options::{EvalStrategy, TrainOptions};
 
 use crate::adapter::Injection;
 use crate::engine::Engine;
@@ -218,7 +219,8 @@ impl Trainer<'_> {
             if !self.parameters.iter().all(Parameter::is_finite) {
                 return Err(self.not_finite("updated parameters", step));
             }
-            if (self.batches.at_epoch_end() || step == total)
+            let epoch = self.batches.at_epoch_end() && self.options.eval_strategy == EvalStrategy::Epoch;
+            if (epoch || step == total)
                 && let Some((session, feed)) = &mut self.eval
             {
                 let size = self.batches.size();

@@ -1,6 +1,7 @@
 //! What a run is asked to do.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use super::data::TextOptions;
 use super::loss::Loss;
@@ -9,6 +10,27 @@ use super::schedule::Shape;
 use crate::engine::LoadOptions;
 use crate::{Error, Result};
 
+/// When the evaluation data is looked at. It is always looked at after the last step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EvalStrategy {
+    /// After every epoch.
+    Epoch,
+    /// Only after the last step.
+    End,
+}
+
+impl FromStr for EvalStrategy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "epoch" => Ok(Self::Epoch),
+            "end" => Ok(Self::End),
+            _ => Err(format!("eval-strategy is {text:?}; use epoch or end")),
+        }
+    }
+}
+
 /// Settings of a run; the field names are the command line's flags.
 #[derive(Debug, Clone)]
 pub struct TrainOptions {
@@ -16,6 +38,7 @@ pub struct TrainOptions {
     pub out: PathBuf,
     pub data: PathBuf,
     pub eval_data: Option<PathBuf>,
+    pub eval_strategy: EvalStrategy,
     pub loss: Loss,
     /// The output that is trained; `None`: the head's, or the model's only one.
     pub output: Option<String>,
@@ -50,6 +73,7 @@ impl TrainOptions {
             out: out.into(),
             data: data.into(),
             eval_data: None,
+            eval_strategy: EvalStrategy::Epoch,
             loss,
             output: None,
             labels: "labels".into(),

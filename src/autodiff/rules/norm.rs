@@ -16,11 +16,7 @@ pub(super) fn add(rules: &mut Rules) {
     });
     rules.vjp("RMSNormalization", |v| rms(v, None));
     rules.vjp("SimplifiedLayerNormalization", |v| rms(v, Some(1)));
-    rules.insert(
-        super::MICROSOFT,
-        "SimplifiedLayerNormalization",
-        Rule::vjp(|v| rms(v, Some(1))),
-    );
+    rules.insert(super::MICROSOFT, "SimplifiedLayerNormalization", Rule::vjp(|v| rms(v, Some(1))));
     rules.vjp("BatchNormalization", batch);
     rules.vjp("InstanceNormalization", instance);
 }

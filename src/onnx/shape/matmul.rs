@@ -6,12 +6,12 @@ use super::op::{Op, Rules};
 use super::{DataType, Dim};
 
 pub(super) const RULES: Rules = &[
-    (&["MatMul", "com.microsoft:GemmFastGelu"], mat_mul),
+    (&["MatMul", "com.microsoft:GemmFastGelu", "org.bone-onnx:TiledMatMul"], mat_mul),
     (&["MatMulInteger"], mat_mul_integer),
     (&["QLinearMatMul"], qlinear_mat_mul),
     (&["com.microsoft:DynamicQuantizeMatMul", "com.microsoft:MatMulIntegerToFloat"], mat_mul_float),
     (&["com.microsoft:FusedMatMul", "com.microsoft:TransposeMatMul"], fused_mat_mul),
-    (&["Gemm", "com.microsoft:FusedGemm"], gemm),
+    (&["Gemm", "com.microsoft:FusedGemm", "org.bone-onnx:TiledGemm"], gemm),
     (&["Einsum"], einsum),
 ];
 
