@@ -114,6 +114,31 @@ fn an_unusable_setting_or_output_name() {
     case.refused(&TrainOptions { eval_data: Some(eval), ..options }, &["eval.safetensors", "[16, 12]"]);
 }
 
+#[test]
+fn operators_without_a_derivative_are_all_named() {
+    let case = Case::new();
+    // The activation between the two layers, and one more after it, become operators that nobody knows.
+    let mut proto = case.model.proto.clone();
+    let graph = proto.graph.as_mut().unwrap();
+    let at = graph.node.iter().position(|n| n.is("Relu")).unwrap();
+    let mut second = graph.node[at].clone();
+    let old = second.output[0].clone();
+    (second.input, second.name) = (vec!["between".into()], Some("second/strange".into()));
+    graph.node[at].output = vec!["between".into()];
+    graph.node[at].name = Some("first/odd".into());
+    for (node, op) in [(&mut graph.node[at], "Odd"), (&mut second, "Strange")] {
+        (node.op_type, node.domain) = (Some(op.into()), Some("com.example".into()));
+    }
+    assert_eq!(second.output, [old]);
+    graph.node.insert(at + 1, second);
+    let path = case.dir.path().join("odd.onnx");
+    std::fs::write(&path, prost::Message::encode_to_vec(&proto)).unwrap();
+
+    let options = case.options(Loss::Mse, &[("x", &x()), ("labels", &y())]);
+    let case = Case { model: Model::open(&path).unwrap(), ..case };
+    case.refused(&options, &["Odd", "first/odd", "Strange", "second/strange"]);
+}
+
 /// All parameters that `out` holds are finite numbers, in both forms.
 fn kept_values(out: &Path) -> Vec<f64> {
     let saved = arrays(&out.join("adapter/adapter_model.safetensors"));
