@@ -8,7 +8,7 @@ mod curve;
 pub mod data;
 mod evaluate;
 mod form;
-mod graph;
+pub mod graph;
 mod loss;
 mod metrics;
 pub mod optimizer;
