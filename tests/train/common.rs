@@ -58,11 +58,16 @@ pub fn arrays(path: &Path) -> HashMap<String, Tensor> {
         .collect()
 }
 
-/// Writes `dir/name` with these arrays (each float32 or int64).
+/// Writes a `.safetensors` file of these arrays.
 pub fn write_arrays(path: &Path, arrays: &[(&str, &Tensor)]) {
     let bytes: Vec<Vec<u8>> = arrays.iter().map(|(_, t)| t.to_bytes()).collect();
     let views = arrays.iter().zip(&bytes).map(|((name, t), bytes)| {
-        let dtype = if t.data_type() == DataType::Float { Dtype::F32 } else { Dtype::I64 };
+        let dtype = match t.data_type() {
+            DataType::Float => Dtype::F32,
+            DataType::Int64 => Dtype::I64,
+            DataType::Bool => Dtype::BOOL,
+            other => panic!("{name} holds {other:?}"),
+        };
         (*name, TensorView::new(dtype, t.dims().to_vec(), bytes).expect("a view"))
     });
     std::fs::write(path, safetensors::serialize(views, None).expect("arrays")).expect("a file");
