@@ -101,6 +101,13 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     };
     let dataset = open(&options.data, None)?;
     let eval_set = options.eval_data.as_ref().map(|p| open(p, dataset.label_names.as_deref())).transpose()?;
+    if let (None, Some(eval_set)) = (&dataset.label_names, eval_set.as_ref().filter(|e| e.label_names.is_some())) {
+        return Err(Error::data(format!(
+            "{}: its labels are names, but those of {} are class ids; use the same in both",
+            eval_set.path.display(),
+            dataset.path.display()
+        )));
+    }
     let feed = checked_feed(&dataset, &inputs, &labels)?;
     let eval_feed = eval_set.as_ref().map(|set| checked_feed(set, &inputs, &labels)).transpose()?;
     let batch_size = batch_size(&inputs, options.batch_size, std::iter::once(&feed).chain(&eval_feed))?;

@@ -4,22 +4,21 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
-use bytes::Bytes;
 use ndarray::{ArrayD, IxDyn, OwnedRepr};
 use ndarray_npy::{NpzReader, ReadNpyError, ReadNpzError, ReadableElement};
 use safetensors::{Dtype, SafeTensors};
 
-use super::Column;
+use super::Array;
 use crate::onnx::external::map_file;
 use crate::onnx::{DataType, Element, Tensor};
 use crate::{Error, Result};
 
 /// The arrays of a `.safetensors` file; no element is copied.
-pub(super) fn safetensors(path: &Path) -> Result<Vec<(String, Column)>> {
+pub(super) fn safetensors(path: &Path) -> Result<Vec<(String, Array)>> {
     let bytes = map_file(path).map_err(Error::io("open", path))?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|e| Error::file(path, format!("this is not a whole .safetensors file ({e})")))?;
-    let mut columns = Vec::new();
+    let mut arrays = Vec::new();
     for (name, view) in file.iter() {
         let data_type = match view.dtype() {
             Dtype::F32 => DataType::Float,
@@ -37,26 +36,26 @@ pub(super) fn safetensors(path: &Path) -> Result<Vec<(String, Column)>> {
             Dtype::BOOL => DataType::Bool,
             other => return Err(Error::file(path, format!("array {name}: elements of type {other:?} are not read"))),
         };
-        let column = dense(data_type, view.shape(), bytes.slice_ref(view.data()));
-        columns.push((name.to_string(), column.map_err(|what| Error::file(path, format!("array {name}: {what}")))?));
+        let array = Array { data_type, dims: view.shape().to_vec(), bytes: bytes.slice_ref(view.data()) };
+        arrays.push((name.to_string(), array));
     }
-    columns.sort_by(|a, b| a.0.cmp(&b.0));
-    Ok(columns)
+    arrays.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(arrays)
 }
 
 /// The arrays of a `.npz` file, compressed or not.
-pub(super) fn npz(path: &Path) -> Result<Vec<(String, Column)>> {
+pub(super) fn npz(path: &Path) -> Result<Vec<(String, Array)>> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     let mut reader = NpzReader::new(BufReader::new(file))
         .map_err(|e| Error::file(path, format!("this is not a whole .npz file ({e})")))?;
     let names = reader.names().map_err(|e| Error::file(path, format!("its list of arrays cannot be read ({e})")))?;
-    let mut columns = Vec::new();
+    let mut arrays = Vec::new();
     for name in names {
         let tensor = npy(&mut reader, &name).map_err(|what| Error::file(path, format!("array {name}: {what}")))?;
-        let column = dense(tensor.data_type(), tensor.dims(), tensor.to_bytes().into());
-        columns.push((name.clone(), column.map_err(|what| Error::file(path, format!("array {name}: {what}")))?));
+        let (data_type, dims) = (tensor.data_type(), tensor.dims().to_vec());
+        arrays.push((name, Array { data_type, dims, bytes: tensor.to_bytes().into() }));
     }
-    Ok(columns)
+    Ok(arrays)
 }
 
 type Npz = NpzReader<BufReader<File>>;
@@ -103,11 +102,4 @@ fn read<T: ReadableElement + Clone>(npz: &mut Npz, name: &str, wrap: fn(ArrayD<T
         Err(ReadNpzError::Npy(ReadNpyError::WrongDescriptor(found))) => Ok(Typed::Other(found.to_string())),
         Err(e) => Err(format!("it cannot be read ({e})")),
     }
-}
-
-fn dense(data_type: DataType, dims: &[usize], bytes: Bytes) -> Result<Column, String> {
-    if dims.is_empty() {
-        return Err("it is a single number; every array has one row per sample".into());
-    }
-    Ok(Column::Dense { data_type, dims: dims.to_vec(), bytes })
 }

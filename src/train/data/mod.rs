@@ -54,10 +54,24 @@ pub struct Dataset {
 /// One column.
 #[derive(Debug)]
 enum Column {
-    /// Rows of one shape: little-endian elements, `dims[0]` rows.
-    Dense { data_type: DataType, dims: Vec<usize>, bytes: Bytes },
+    /// Rows of one shape.
+    Dense(Array),
     /// Token sequences of different lengths, padded per batch.
     Ragged { rows: Vec<Vec<i64>>, padding: Padding },
+}
+
+/// An array as a file holds it: little-endian elements, row-major.
+#[derive(Debug)]
+struct Array {
+    data_type: DataType,
+    dims: Vec<usize>,
+    bytes: Bytes,
+}
+
+impl Array {
+    fn tensor(&self) -> Result<Tensor, String> {
+        Tensor::from_bytes(self.data_type, &self.dims, &self.bytes)
+    }
 }
 
 /// How sequences of different lengths become one array.
@@ -69,35 +83,13 @@ struct Padding {
     length: Option<usize>,
 }
 
-/// The arrays of a `.safetensors` or `.npz` file by name, as they are.
-///
-/// # Errors
-/// Names the file, and the array that cannot be used.
-pub fn read_arrays(path: &Path) -> Result<BTreeMap<String, Tensor>> {
-    let columns = match path.extension().and_then(|e| e.to_str()) {
-        Some("safetensors") => arrays::safetensors(path)?,
-        Some("npz") => arrays::npz(path)?,
-        _ => return Err(Error::data(format!("{}: arrays are read from .safetensors and .npz files", path.display()))),
-    };
-    let tensor = |(name, column): (String, Column)| match &column {
-        Column::Dense { data_type, dims, bytes } => Tensor::from_bytes(*data_type, dims, bytes)
-            .map(|t| (name.clone(), t))
-            .map_err(|what| Error::data(format!("{}: array {name}: {what}", path.display()))),
-        Column::Ragged { .. } => {
-            Err(Error::data(format!("{}: array {name} has rows of different lengths", path.display())))
-        }
-    };
-    columns.into_iter().map(tensor).collect()
-}
-
 impl Dataset {
     /// Reads `path` by its extension: `.safetensors`, `.npz` or `.jsonl`.
     ///
     /// # Errors
     /// Names the file and the array or line that cannot be used; an empty file is one of them.
     pub fn open(path: &Path, options: &ReadOptions) -> Result<Self> {
-        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
-        let dataset = match extension.as_str() {
+        let dataset = match extension(path).as_str() {
             "safetensors" => Self::of_arrays(path, arrays::safetensors(path)?)?,
             "npz" => Self::of_arrays(path, arrays::npz(path)?)?,
             "jsonl" => text::read(path, options)?,
@@ -115,7 +107,14 @@ impl Dataset {
         Ok(dataset)
     }
 
-    fn of_arrays(path: &Path, columns: Vec<(String, Column)>) -> Result<Self> {
+    fn of_arrays(path: &Path, arrays: Vec<(String, Array)>) -> Result<Self> {
+        if let Some((name, _)) = arrays.iter().find(|(_, a)| a.dims.is_empty()) {
+            return Err(Error::data(format!(
+                "{}: array {name} is a single number; every array has one row per sample",
+                path.display()
+            )));
+        }
+        let columns: Vec<(String, Column)> = arrays.into_iter().map(|(name, a)| (name, Column::Dense(a))).collect();
         let rows = columns.iter().map(|(name, c)| (name, c.rows())).collect::<Vec<_>>();
         let Some((first, count)) = rows.first().copied() else {
             return Err(Error::data(format!("{}: it holds no arrays", path.display())));
@@ -143,17 +142,40 @@ impl Dataset {
     }
 }
 
+/// The arrays of a `.safetensors` or `.npz` file by name, as they are.
+///
+/// # Errors
+/// Names the file, and the array that cannot be used.
+pub fn read_arrays(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let arrays = match extension(path).as_str() {
+        "safetensors" => arrays::safetensors(path)?,
+        "npz" => arrays::npz(path)?,
+        _ => return Err(Error::data(format!("{}: arrays are read from .safetensors and .npz files", path.display()))),
+    };
+    arrays
+        .into_iter()
+        .map(|(name, array)| {
+            let tensor = array.tensor().map_err(|what| Error::file(path, format!("array {name}: {what}")))?;
+            Ok((name, tensor))
+        })
+        .collect()
+}
+
+fn extension(path: &Path) -> String {
+    path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase()
+}
+
 impl Column {
     fn rows(&self) -> usize {
         match self {
-            Column::Dense { dims, .. } => dims.first().copied().unwrap_or(0),
+            Column::Dense(Array { dims, .. }) => dims.first().copied().unwrap_or(0),
             Column::Ragged { rows, .. } => rows.len(),
         }
     }
 
     fn data_type(&self) -> DataType {
         match self {
-            Column::Dense { data_type, .. } => *data_type,
+            Column::Dense(Array { data_type, .. }) => *data_type,
             Column::Ragged { .. } => DataType::Int64,
         }
     }
@@ -161,7 +183,7 @@ impl Column {
     /// Shape of one row; `None` for a length that differs from row to row.
     fn row_dims(&self) -> Vec<Option<usize>> {
         match self {
-            Column::Dense { dims, .. } => dims.iter().skip(1).map(|d| Some(*d)).collect(),
+            Column::Dense(Array { dims, .. }) => dims.iter().skip(1).map(|d| Some(*d)).collect(),
             Column::Ragged { padding, .. } => vec![padding.length],
         }
     }
@@ -169,7 +191,7 @@ impl Column {
     /// The given rows as one tensor of `data_type`, which is the column's own type or a wider integer one.
     fn gather(&self, rows: &[usize], data_type: DataType) -> Result<Tensor, String> {
         let tensor = match self {
-            Column::Dense { data_type, dims, bytes } => {
+            Column::Dense(Array { data_type, dims, bytes }) => {
                 let row = bytes.len() / dims.first().copied().unwrap_or(0).max(1);
                 let mut picked = Vec::with_capacity(row * rows.len());
                 for at in rows {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use tokenizers::{Encoding, PaddingDirection, Tokenizer, TruncationParams};
 
-use super::{Axis, Column, Dataset, LabelKind, Padding, ReadOptions};
+use super::{Array, Axis, Column, Dataset, LabelKind, Padding, ReadOptions};
 use crate::onnx::Tensor;
 use crate::{Error, Result, did_you_mean};
 
@@ -141,8 +141,8 @@ fn label_column(
             Tensor::new(&[rows], ids)
         }
     };
-    let column = Column::Dense { data_type: tensor.data_type(), dims: vec![rows], bytes: tensor.to_bytes().into() };
-    Ok((column, names))
+    let array = Array { data_type: tensor.data_type(), dims: vec![rows], bytes: tensor.to_bytes().into() };
+    Ok((Column::Dense(array), names))
 }
 
 /// One column for every input of the model.

@@ -1,0 +1,7 @@
+//! Training end to end: PEFT's curves replayed, both engines, and what a run says when it cannot go on.
+
+mod bad_input;
+mod common;
+mod goldens;
+mod models;
+mod runs;

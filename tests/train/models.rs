@@ -1,0 +1,78 @@
+//! Every f32 model in `../shared/models`: ten steps with adapters on all linear layers lower the loss.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use bone_onnx::onnx::{DataType, Model, Tensor, TensorProto, ValueInfoProto};
+use bone_onnx::train::{self, Loss, TrainOptions};
+use bone_onnx::verify::random_inputs;
+use serde_json::Value;
+
+use crate::common::{injected, onnxruntime, shared, write_arrays};
+
+/// The inputs that the model was exported with, where they are kept; else random ones of one row.
+fn inputs(entry: &Value, model: &Model) -> BTreeMap<String, Tensor> {
+    let Some(refs) = entry["refs"].as_str() else { return random_inputs(model, 1, 5, 1).expect("inputs") };
+    let files = std::fs::read_dir(shared(&format!("models/{refs}"))).expect("references");
+    let mut inputs = BTreeMap::new();
+    for path in files.map(|e| e.expect("an entry").path()) {
+        let file = path.file_name().expect("a name").to_string_lossy().into_owned();
+        if let Some(name) = file.strip_prefix("in.").and_then(|n| n.strip_suffix(".pb")) {
+            let bytes = std::fs::read(&path).expect("a tensor");
+            let proto = <TensorProto as prost::Message>::decode(bytes.as_slice()).expect("a tensor");
+            inputs.insert(name.to_string(), Tensor::from_proto(&proto).expect("a value"));
+        }
+    }
+    inputs
+}
+
+/// The first output, and what the base computes for it.
+fn first_output(model: &Model, inputs: &BTreeMap<String, Tensor>, options: &TrainOptions) -> (String, Tensor) {
+    let mut session = onnxruntime().load(&model.to_inline().expect("tensors"), &options.load).expect("a session");
+    let output = model.graph().output.first().map(ValueInfoProto::name).expect("an output").to_string();
+    let names: Vec<String> = session.inputs().to_vec();
+    let given: Vec<(&str, &Tensor)> = names.iter().map(|n| (n.as_str(), &inputs[n])).collect();
+    let value = session.run(&given, &[&output]).expect("a run").remove(0);
+    (output, value)
+}
+
+#[test]
+fn ten_steps_lower_the_loss_of_every_model() {
+    let manifest: Vec<Value> =
+        serde_json::from_slice(&std::fs::read(shared("models/manifest.json")).expect("the manifest")).expect("json");
+    let is_f32 = |m: &&Value| m["targets"].as_array().expect("targets").iter().all(|t| t["dtype"] == "float32");
+    let mut trained = 0;
+    let mut failures = Vec::new();
+    for entry in manifest.iter().filter(is_f32) {
+        let name = entry["file"].as_str().expect("a file");
+        match ten_steps(entry, &shared(&format!("models/{name}"))) {
+            Ok((first, last)) if last < first => trained += 1,
+            Ok((first, last)) => failures.push(format!("{name}: the loss went from {first} to {last}")),
+            Err(e) => failures.push(format!("{name}: {e}")),
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert_eq!(trained, 17);
+}
+
+/// Loss of the first and of the tenth step. The goal is the base's own output with every other number moved.
+fn ten_steps(entry: &Value, base: &Path) -> Result<(f64, f64), String> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let model = Model::open(base).expect("a model");
+    let inputs = inputs(entry, &model);
+    let data = dir.path().join("data.safetensors");
+    let options = TrainOptions::new(dir.path().join("out"), &data, Loss::Mse);
+    let (output, value) = first_output(&model, &inputs, &options);
+    assert_eq!(value.data_type(), DataType::Float);
+    let moved =
+        value.to_f64().iter().enumerate().map(|(i, v)| *v as f32 + if i % 2 == 0 { 0.3 } else { -0.2 }).collect();
+    let goal = Tensor::new(value.dims(), moved);
+    let mut arrays: Vec<(&str, &Tensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    arrays.push(("goal", &goal));
+    write_arrays(&data, &arrays);
+
+    let injected = injected(base, dir.path(), 8, "all-linear", None);
+    let options = TrainOptions { labels: "goal".into(), output: Some(output), steps: Some(10), lr: 3e-3, ..options };
+    let summary = train::run(&injected, &options, onnxruntime(), &mut ()).map_err(|e| e.to_string())?;
+    Ok((summary.steps[0].loss, summary.steps[9].loss))
+}
