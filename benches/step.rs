@@ -54,8 +54,12 @@ fn cache() -> PathBuf {
 
 fn prepare() -> Option<Bench> {
     let models = [
-        ("all-MiniLM-L6-v2.onnx", "6-layer MiniLM", "last_hidden_state"),
-        ("paraphrase-MiniLM-L3-v2.onnx", "3-layer MiniLM", "onnx::Shape_422"),
+        ("all-MiniLM-L6-v2.onnx", "6-layer MiniLM, 16 × 128, Bone r = 16 on 36 layers + head", "last_hidden_state"),
+        (
+            "paraphrase-MiniLM-L3-v2.onnx",
+            "3-layer MiniLM, 16 × 128, Bone r = 16 on 18 layers + head",
+            "onnx::Shape_422",
+        ),
     ];
     let (path, name, output) =
         models.iter().map(|(f, n, o)| (cache().join("models").join(f), *n, *o)).find(|m| m.0.exists())?;
@@ -129,13 +133,24 @@ fn main() {
             step.push(middle.elapsed().as_secs_f64());
         }
     }
-    let ratios = forward.iter().zip(&step).map(|(f, s)| s / f).collect();
-    println!(
-        "{}, {BATCH} x {LENGTH}, Bone r = {R} + head, {rounds} rounds in turn: forward {:.0} ms, step {:.0} ms, \
-         step / forward {:.2} (medians)",
-        bench.name,
-        median(forward) * 1e3,
-        median(step) * 1e3,
-        median(ratios)
-    );
+    let ratio = median(forward.iter().zip(&step).map(|(f, s)| s / f).collect());
+    let (forward, step) = (median(forward) * 1e3, median(step) * 1e3);
+    println!("{}: forward {forward:.0} ms, step {step:.0} ms, step / forward {ratio:.2} (medians)", bench.name);
+    record(&format!("| {} | {} | {rounds} | {forward:.0} | {step:.0} | **{ratio:.2}** |", today(), bench.name));
+}
+
+/// Adds a row to the table in benches/RESULTS.md, where `BONE_ONNX_RECORD` asks for it.
+fn record(row: &str) {
+    const END: &str = "<!-- step: end -->";
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/RESULTS.md");
+    if std::env::var_os("BONE_ONNX_RECORD").is_some() {
+        let text = std::fs::read_to_string(&path).expect("the table");
+        std::fs::write(&path, text.replace(END, &format!("{row}\n{END}"))).expect("the table");
+    }
+}
+
+/// Today's date as `date` prints it.
+fn today() -> String {
+    let output = std::process::Command::new("date").arg("+%F").output().expect("date");
+    String::from_utf8_lossy(&output.stdout).trim().to_string()
 }

@@ -14,6 +14,7 @@ mod verify;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
 
 use crate::Result;
 use printer::Printer;
@@ -49,6 +50,9 @@ enum Command {
 /// Runs the command line. Exit codes: 0 done, 1 failed (bad input, I/O, verification), 2 usage.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    // What the engines say of themselves, for those who look for a fault: BONE_ONNX_LOG=debug.
+    let filter = EnvFilter::try_from_env("BONE_ONNX_LOG").unwrap_or_else(|_| EnvFilter::new("off"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let printer = Printer::new(cli.json, cli.quiet);
     match run(cli.command, &printer) {
         Ok(()) => ExitCode::SUCCESS,

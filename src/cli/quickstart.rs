@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use super::engine::EngineArgs;
 use super::printer::Printer;
 use super::train::Bar;
 use crate::adapter::{BoneConfig, TargetModules};
+use crate::engine::{self, Device, EngineKind, LoadOptions};
 use crate::fold::{FoldOptions, fold};
 use crate::inject::{InjectOptions, inject};
 use crate::onnx::{Model, Rope, Tensor, write_atomic};
@@ -25,8 +25,9 @@ pub struct Args {
     #[arg(short, long, default_value = "quickstart")]
     output_dir: PathBuf,
 
-    #[command(flatten)]
-    engine: EngineArgs,
+    /// tract (built in), onnxruntime or auto
+    #[arg(long, default_value = "tract")]
+    engine: EngineKind,
 }
 
 const BASE: &[u8] = include_bytes!("../../fixtures/digits/digits.onnx");
@@ -48,7 +49,9 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     };
     let (base, data, test) =
         (put("digits.onnx", BASE)?, put("train.safetensors", TRAIN)?, put("test.safetensors", TEST)?);
-    let engine = args.engine.open(printer)?;
+    let engine = engine::open(args.engine, Device::Cpu)?;
+    printer.say(format!("engine: {}", engine.describe()));
+    let load = LoadOptions { threads: None, optimize: true };
 
     printer.say("1. inject: a block beside each of the three layers");
     let config = BoneConfig { r: 16, target_modules: Some(TargetModules::parse("all-linear")), ..Default::default() };
@@ -66,7 +69,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
         lr: 3e-3,
         batch_size: Some(32),
         steps: Some(300),
-        load: args.engine.load_options(),
+        load: load.clone(),
         ..TrainOptions::new(&run, &data, Loss::CrossEntropy)
     };
     let summary = train::run(&Model::open(&injected)?, &options, engine.as_ref(), &mut Bar::new(printer, false))?;
@@ -79,7 +82,6 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     printer.say("4. verify: merged = injected, and better than the base on 397 images that nobody trained on");
     let inputs = read_arrays(&test)?;
     let merged_model = Model::open(&merged)?;
-    let load = args.engine.load_options();
     let comparison = compare(&trained, &merged_model, &inputs, engine.as_ref(), &load, TOLERANCE)?;
     let worst = comparison.outputs.iter().map(|o| o.max_abs).fold(0.0, f64::max);
     let accuracy = |model: &Model| -> Result<f64> {

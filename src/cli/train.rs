@@ -1,6 +1,8 @@
 //! `train`: the adapters (and the head) learn from your data.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::ProgressBar;
 use serde_json::json;
@@ -126,7 +128,13 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     let options = args.options()?;
     let model = Model::open(&args.model)?;
     let engine = args.engine.open(printer)?;
-    let summary = train::run(&model, &options, engine.as_ref(), &mut Bar::new(printer, true))?;
+    let mut progress = Bar::new(printer, true);
+    progress.stop_on_interrupt();
+    let summary = train::run(&model, &options, engine.as_ref(), &mut progress)?;
+    drop(progress);
+    if summary.stopped {
+        printer.say(format!("interrupted after step {}: what was trained so far is saved", summary.steps.len()));
+    }
     let last = summary.evals.last();
     let value = json!({
         "output_dir": args.output_dir,
@@ -204,11 +212,28 @@ pub struct Bar<'a> {
     /// Print a line for every evaluation.
     evaluations: bool,
     bar: ProgressBar,
+    interrupted: Arc<AtomicBool>,
 }
 
 impl<'a> Bar<'a> {
     pub fn new(printer: &'a Printer, evaluations: bool) -> Self {
-        Self { printer, evaluations, bar: ProgressBar::hidden() }
+        Self { printer, evaluations, bar: ProgressBar::hidden(), interrupted: Arc::default() }
+    }
+}
+
+impl Bar<'_> {
+    /// From now on the first Ctrl-C ends the run after the step at hand, with everything saved; the second one ends
+    /// the process.
+    fn stop_on_interrupt(&self) {
+        let flag = Arc::clone(&self.interrupted);
+        let handler = move || {
+            if flag.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+        };
+        if let Err(e) = ctrlc::set_handler(handler) {
+            self.printer.warn(format!("Ctrl-C will end the run without saving: {e}"));
+        }
     }
 }
 
@@ -224,6 +249,10 @@ impl Progress for Bar<'_> {
     fn step(&mut self, report: &StepReport) {
         self.bar.set_position(report.step as u64);
         self.bar.set_message(format!("loss {:.4}  lr {:.2e}", report.loss, report.lr));
+    }
+
+    fn stop(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
     }
 
     fn evaluated(&mut self, report: &EvalReport) {

@@ -219,11 +219,15 @@ impl Case {
             for dynamic in [false, true] {
                 let model = self.model(dynamic, *opset);
                 let wrt = self.wrt();
-                let of: Vec<String> = model.graph.iter().flat_map(|g| &g.output).map(|o| o.name().to_string()).collect();
+                let of: Vec<String> =
+                    model.graph.iter().flat_map(|g| &g.output).map(|o| o.name().to_string()).collect();
                 for optimize in [false, true] {
                     let tolerance = if self.single { Tolerance::SINGLE } else { Tolerance::DOUBLE };
                     compare(&model, &of, &wrt, &self.feeds(), optimize, tolerance).map_err(|e| {
-                        format!("{} {} [opset {opset}, dynamic {dynamic}, optimize {optimize}]: {e}", self.op, self.what)
+                        format!(
+                            "{} {} [opset {opset}, dynamic {dynamic}, optimize {optimize}]: {e}",
+                            self.op, self.what
+                        )
                     })?;
                 }
             }

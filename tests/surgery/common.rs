@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use bone_onnx::adapter::{BoneConfig, InitWeights, TargetModules};
 use bone_onnx::engine::{self, Device, Engine, EngineKind, LoadOptions};
+use bone_onnx::fold::{FoldOptions, fold};
+use bone_onnx::inject::{InjectOptions, inject};
 use bone_onnx::onnx::{Model, Tensor, TensorProto};
 
 /// `../shared` beside the checkout (beside /work where the checkout is a second work tree).
@@ -59,4 +62,21 @@ pub fn files(dir: &Path) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// Injects adapters with random blocks into all linear layers of `base` and folds them: the directory to keep alive,
+/// the adapted nodes (sorted), the injected model and the merged one. `None` where nothing can be adapted.
+pub fn inject_and_fold(base: &Path) -> Option<(tempfile::TempDir, Vec<String>, PathBuf, PathBuf)> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (injected, merged) = (dir.path().join("injected.onnx"), dir.path().join("merged.onnx"));
+    let target_modules = Some(TargetModules::Pattern("all-linear".into()));
+    let config = BoneConfig { r: 4, init_weights: InitWeights::Random, target_modules, ..Default::default() };
+    let model = Model::open(base).expect("a model");
+    let injection = inject(&model, &InjectOptions { config, ..Default::default() }).ok()?;
+    let summary = injection.write(&model, &injected).expect("a file");
+    let model = Model::open(&injected).expect("a model");
+    fold(&model, &FoldOptions::default(), &merged).and_then(|f| f.write(&model, &merged)).expect("a fold");
+    let mut targets: Vec<String> = summary.targets.into_iter().flat_map(|t| t.nodes).collect();
+    targets.sort();
+    Some((dir, targets, injected, merged))
 }

@@ -1,6 +1,7 @@
 //! Surgery on whole models: the invariants as property tests, PEFT's layer vectors, every shared test model.
 
 mod common;
+mod decoder;
 mod layers;
 mod models;
 mod properties;
