@@ -83,7 +83,8 @@ pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> 
         head: record.head.as_ref().map(|h| h.name.clone()),
         ..FoldSummary::default()
     };
-    let mut merge = Merge { model, safe: options.safe, patch: &mut patch, external: Vec::new(), location: None, end: 0 };
+    let mut merge =
+        Merge { model, safe: options.safe, patch: &mut patch, external: Vec::new(), location: None, end: 0 };
     merge.location = data_location(model, out);
 
     // Weights whose every reader is adapted can change in place, once: for the first module that reads them.
@@ -92,10 +93,7 @@ pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> 
         let first = layer.calls[0];
         let root = &first.weight.source;
         let alone = ours.get(root) == Some(&first.weight.uses)
-            && layer
-                .calls
-                .iter()
-                .all(|c| c.is_stored_out_in() == first.is_stored_out_in() && c.alpha == first.alpha);
+            && layer.calls.iter().all(|c| c.is_stored_out_in() == first.is_stored_out_in() && c.alpha == first.alpha);
         if alone && taken.insert(root) {
             merge.in_place(layer)?;
             summary.merged.push(layer.module.to_string());
@@ -199,7 +197,10 @@ fn layers<'a>(model: &Model, adapters: &[&'a AdapterRecord], linears: &'a [Linea
                 })
                 .collect();
             if calls.len() != target.calls.len() {
-                return Err(gone(&format!("a node of module {} is no linear layer with a constant weight any more", target.module)));
+                return Err(gone(&format!(
+                    "a node of module {} is no linear layer with a constant weight any more",
+                    target.module
+                )));
             }
             let place = |l: &Linear| (l.scope.clone(), l.node);
             match layers.iter_mut().find(|layer| place(layer.calls[0]) == place(calls[0])) {

@@ -111,9 +111,9 @@ pub fn gradient_with(model: &ModelProto, request: &Request, rules: &Rules) -> Re
         let adjoint = match adjoint {
             Some(adjoint) => adjoint,
             None => {
-                let zero = emitter.float(0.0, element).ok_or_else(|| {
-                    Error::model(format!("{wrt} is no floating-point tensor, so it has no gradient"))
-                })?;
+                let zero = emitter
+                    .float(0.0, element)
+                    .ok_or_else(|| Error::model(format!("{wrt} is no floating-point tensor, so it has no gradient")))?;
                 emitter.expand(zero, emitter.shape(wrt))
             }
         };
@@ -179,8 +179,7 @@ fn plant(
 fn declare(name: &str, element: DataType, like: &str, shapes: &Shapes) -> ValueInfoProto {
     match shapes.dims(like) {
         Some(dims) => {
-            let dims: Vec<String> =
-                dims.iter().map(|d| known(d).map(|n| n.to_string()).unwrap_or_default()).collect();
+            let dims: Vec<String> = dims.iter().map(|d| known(d).map(|n| n.to_string()).unwrap_or_default()).collect();
             value_info(name, element, &dims.iter().map(String::as_str).collect::<Vec<_>>())
         }
         None => {

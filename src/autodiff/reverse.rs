@@ -61,8 +61,7 @@ pub(super) fn captures(graph: &GraphProto) -> Vec<String> {
 pub(super) fn add_constants(constants: &mut Constants, graph: &GraphProto, open: &HashSet<&str>) {
     const SMALL: i64 = 4096;
     let small = |t: &&TensorProto| {
-        t.dims.iter().try_fold(1i64, |n, d| n.checked_mul(*d)).is_some_and(|n| n <= SMALL)
-            && t.external_data.is_empty()
+        t.dims.iter().try_fold(1i64, |n, d| n.checked_mul(*d)).is_some_and(|n| n <= SMALL) && t.external_data.is_empty()
     };
     for tensor in graph.initializer.iter().filter(small).filter(|t| !open.contains(t.name())) {
         if let Ok(value) = Tensor::from_proto(tensor) {
@@ -111,8 +110,7 @@ impl Path {
             path.active.extend(outputs.cloned());
             way.push((i, inputs));
         }
-        let mut needed: HashSet<&str> =
-            of.iter().map(String::as_str).filter(|v| path.active.contains(*v)).collect();
+        let mut needed: HashSet<&str> = of.iter().map(String::as_str).filter(|v| path.active.contains(*v)).collect();
         let mut blocked: HashSet<&str> = HashSet::new();
         let mut on_way = vec![false; way.len()];
         for (k, (i, inputs)) in way.iter().enumerate().rev() {
@@ -178,7 +176,8 @@ impl Path {
                 };
                 match result {
                     Ok(adjoints) => {
-                        for ((x, adjoint), _) in inputs.iter().zip(adjoints).zip(&wanted).filter(|(_, wanted)| **wanted) {
+                        for ((x, adjoint), _) in inputs.iter().zip(adjoints).zip(&wanted).filter(|(_, wanted)| **wanted)
+                        {
                             parts.entry(x.clone()).or_default().extend(adjoint);
                         }
                     }
@@ -200,11 +199,7 @@ impl Path {
 }
 
 /// What keeps `node` from being passed: its own lack of a rule, or that of nodes in its subgraphs.
-fn obstacles(
-    scope: Scope,
-    node: &NodeProto,
-    active: &[String],
-) -> Result<BTreeMap<(String, String), Vec<String>>> {
+fn obstacles(scope: Scope, node: &NodeProto, active: &[String]) -> Result<BTreeMap<(String, String), Vec<String>>> {
     let mut found = BTreeMap::new();
     match scope.rules.get(node) {
         Some(Rule::Vjp(_)) => {

@@ -111,8 +111,11 @@ pub fn inject(model: &Model, options: &InjectOptions) -> Result<Injected> {
         linears.retain(|l| !added.contains(l.node_name.as_str()));
         let selection = select::select(&linears, config)?;
         summary.warnings = selection.warnings;
-        summary.left_out =
-            selection.left_out.into_iter().map(|(i, reason)| LeftOut { module: linears[i].path.clone(), reason }).collect();
+        summary.left_out = selection
+            .left_out
+            .into_iter()
+            .map(|(i, reason)| LeftOut { module: linears[i].path.clone(), reason })
+            .collect();
         let chosen: Vec<&Linear> = selection.chosen.iter().map(|i| &linears[*i]).collect();
         let adapter = adapt(model, options, &chosen, &mut names, &mut patch, &mut rng)?;
         for target in &adapter.targets {

@@ -63,6 +63,7 @@ pub fn all() -> Vec<Case> {
     layout(&mut cases);
     indices(&mut cases);
     norm(&mut cases);
+    conv(&mut cases);
     contrib(&mut cases);
     cases
 }
@@ -110,7 +111,13 @@ fn elementwise(c: &mut Vec<Case>) {
     c.push(case("PRelu", vec![spaced(&[3, 4]), between(&[4], 0.1, 0.5)]).single());
     c.push(case("PRelu", vec![spaced(&[3, 4]), between(&[3, 1], 0.1, 0.5)]).single().what("column"));
     c.push(case("Gelu", vec![between(&[3, 5], -3.0, 3.0)]).opsets(&[20, 22]).single());
-    c.push(case("Gelu", vec![between(&[3, 5], -3.0, 3.0)]).string("approximate", "tanh").opsets(&[20]).single().what("tanh"));
+    c.push(
+        case("Gelu", vec![between(&[3, 5], -3.0, 3.0)])
+            .string("approximate", "tanh")
+            .opsets(&[20])
+            .single()
+            .what("tanh"),
+    );
 
     let shapes: [(&[usize], &[usize], &str); 7] = [
         (&[2, 3], &[2, 3], "same"),
@@ -127,19 +134,35 @@ fn elementwise(c: &mut Vec<Case>) {
         }
         c.push(case("Div", vec![by(a), between(b, 0.7, 2.0)]).what(what));
         c.push(case("Pow", vec![between(a, 0.6, 2.0), between(b, -2.0, 2.0)]).what(what));
-        c.push(case("Where", vec![Arg::Given(flags(&[a, b].iter().max_by_key(|s| s.len()).unwrap(), 3)), by(a), between(b, -2.0, 1.0)]).what(what));
+        c.push(
+            case(
+                "Where",
+                vec![
+                    Arg::Given(flags(&[a, b].iter().max_by_key(|s| s.len()).unwrap(), 3)),
+                    by(a),
+                    between(b, -2.0, 1.0),
+                ],
+            )
+            .what(what),
+        );
         let far = Arg::By(b.to_vec(), spaced_values(b, 0.04));
         c.push(case("Max", vec![spaced(a), far.clone()]).what(what));
         c.push(case("Min", vec![spaced(a), far]).what(what));
     }
     c.push(case("Mul", vec![by(&[2, 3]), Arg::FloatConst(vec![], vec![0.25])]).what("constant"));
     for exponent in [0.0, 0.5, 1.0, 2.0, 3.0, -1.5] {
-        c.push(case("Pow", vec![between(&[3], 0.5, 2.0), Arg::FloatConst(vec![], vec![exponent])]).what("constant exponent"));
+        c.push(
+            case("Pow", vec![between(&[3], 0.5, 2.0), Arg::FloatConst(vec![], vec![exponent])])
+                .what("constant exponent"),
+        );
     }
     c.push(case("Pow", vec![by(&[3]), Arg::Const(Tensor::scalar(3i64))]).what("integer exponent"));
     c.push(case("Pow", vec![by(&[3]), Arg::Given(ints(&[0, 1, 2]))]).what("integer exponents at run time"));
     c.push(case("Where", vec![Arg::Given(flags(&[4, 1, 3], 3)), by(&[2, 1]), by(&[3])]).what("condition broadcasts"));
-    c.push(case("Max", vec![spaced(&[3, 4]), Arg::By(vec![4], spaced_values(&[4], 0.05)), Arg::By(vec![], vec![0.1])]).what("three"));
+    c.push(
+        case("Max", vec![spaced(&[3, 4]), Arg::By(vec![4], spaced_values(&[4], 0.05)), Arg::By(vec![], vec![0.1])])
+            .what("three"),
+    );
     c.push(case("Min", vec![spaced(&[5])]).what("one operand"));
     for op in ["Sum", "Mean"] {
         c.push(case(op, vec![by(&[2, 3]), by(&[3]), by(&[2, 1])]).single());
@@ -197,18 +220,33 @@ fn matmul(c: &mut Vec<Case>) {
 
 fn reduce(c: &mut Vec<Case>) {
     let ops = [
-        "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceLogSum",
-        "ReduceLogSumExp", "ReduceSumSquare",
+        "ReduceSum",
+        "ReduceMean",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceLogSum",
+        "ReduceLogSumExp",
+        "ReduceSumSquare",
     ];
     for op in ops {
         let x = || if op == "ReduceLogSum" { between(&[2, 3, 4], 0.5, 2.0) } else { spaced(&[2, 3, 4]) };
-        let single = |case: Case| if matches!(op, "ReduceL1" | "ReduceL2" | "ReduceLogSum") { case.single() } else { case };
+        let single =
+            |case: Case| if matches!(op, "ReduceL1" | "ReduceL2" | "ReduceLogSum") { case.single() } else { case };
         for keep in [0, 1] {
             for axes in [&[1][..], &[-1], &[0, 2], &[-3, 1]] {
-                let case = case(op, vec![x(), fixed(axes)]).int("keepdims", keep).opsets(if op == "ReduceSum" { &[17, 21] } else { &[18] });
+                let case = case(op, vec![x(), fixed(axes)]).int("keepdims", keep).opsets(if op == "ReduceSum" {
+                    &[17, 21]
+                } else {
+                    &[18]
+                });
                 c.push(single(case).what("axes as input"));
                 if op != "ReduceSum" {
-                    c.push(single(self::case(op, vec![x()]).ints("axes", axes).int("keepdims", keep).opsets(&[17])).what("axes as attribute"));
+                    c.push(
+                        single(self::case(op, vec![x()]).ints("axes", axes).int("keepdims", keep).opsets(&[17]))
+                            .what("axes as attribute"),
+                    );
                 }
             }
             c.push(single(case(op, vec![x()]).int("keepdims", keep)).what("all axes"));
@@ -278,7 +316,9 @@ fn layout(c: &mut Vec<Case>) {
             if let Some(steps) = steps {
                 args.push(fixed(steps));
             }
-            c.push(case("Slice", args).what(Box::leak(format!("{starts:?} {ends:?} {axes:?} {steps:?}").into_boxed_str())));
+            c.push(
+                case("Slice", args).what(Box::leak(format!("{starts:?} {ends:?} {axes:?} {steps:?}").into_boxed_str())),
+            );
         }
     }
     c.push(case("Tile", vec![by(&[2, 3]), fixed(&[2, 4])]));
@@ -295,29 +335,59 @@ fn layout(c: &mut Vec<Case>) {
 fn indices(c: &mut Vec<Case>) {
     for at in [0, 2, -1, -4] {
         for axis in [0, 1, -1] {
-            c.push(case("Gather", vec![by(&[4, 5, 4]), Arg::Const(Tensor::scalar(at))]).int("axis", axis).what("one slice"));
+            c.push(
+                case("Gather", vec![by(&[4, 5, 4]), Arg::Const(Tensor::scalar(at))])
+                    .int("axis", axis)
+                    .what("one slice"),
+            );
         }
     }
     for axis in [0, 1, -1] {
         let several = index(&[2, 3], &[0, 2, -1, 2, 2, 1]);
         c.push(case("Gather", vec![by(&[4, 3, 5]), Arg::Given(several.clone())]).int("axis", axis));
         c.push(case("Gather", vec![by(&[4, 3, 5]), Arg::Const(several)]).int("axis", axis).what("constant"));
-        c.push(case("Gather", vec![by(&[4, 3, 5]), Arg::Given(Tensor::scalar(-1i64))]).int("axis", axis).what("scalar at run time"));
+        c.push(
+            case("Gather", vec![by(&[4, 3, 5]), Arg::Given(Tensor::scalar(-1i64))])
+                .int("axis", axis)
+                .what("scalar at run time"),
+        );
     }
-    c.push(case("GatherElements", vec![by(&[3, 4]), Arg::Given(index(&[2, 4], &[0, 1, 2, 0, 2, 1, 2, -1]))]).int("axis", 0));
+    c.push(
+        case("GatherElements", vec![by(&[3, 4]), Arg::Given(index(&[2, 4], &[0, 1, 2, 0, 2, 1, 2, -1]))])
+            .int("axis", 0),
+    );
     c.push(case("GatherElements", vec![by(&[3, 4]), Arg::Given(index(&[3, 2], &[0, 0, 2, 1, 3, -1]))]).int("axis", -1));
     c.push(case("GatherND", vec![by(&[3, 4, 2]), Arg::Given(index(&[3, 2], &[0, 1, 2, 3, 0, 1]))]));
     c.push(case("GatherND", vec![by(&[3, 4]), Arg::Given(index(&[2, 1], &[-1, 0]))]).what("rows"));
     for how in ["none", "add"] {
         let at = Arg::Given(index(&[2, 3], &[0, 1, 3, 2, 0, 1]));
-        c.push(case("ScatterElements", vec![by(&[4, 3]), at, between(&[2, 3], 0.0, 1.0)]).string("reduction", how).opsets(&[16, 18]));
+        c.push(
+            case("ScatterElements", vec![by(&[4, 3]), at, between(&[2, 3], 0.0, 1.0)])
+                .string("reduction", how)
+                .opsets(&[16, 18]),
+        );
         let at = Arg::Given(index(&[2, 1], &[3, 0]));
-        c.push(case("ScatterND", vec![by(&[4, 3]), at, between(&[2, 3], 0.0, 1.0)]).string("reduction", how).opsets(&[16, 18]));
+        c.push(
+            case("ScatterND", vec![by(&[4, 3]), at, between(&[2, 3], 0.0, 1.0)])
+                .string("reduction", how)
+                .opsets(&[16, 18]),
+        );
     }
     let several = index(&[3, 1], &[3, 0, 3]);
-    c.push(case("ScatterND", vec![by(&[4]), Arg::Given(several), by(&[3])]).string("reduction", "add").opsets(&[18]).what("twice"));
+    c.push(
+        case("ScatterND", vec![by(&[4]), Arg::Given(several), by(&[3])])
+            .string("reduction", "add")
+            .opsets(&[18])
+            .what("twice"),
+    );
     c.push(case("TopK", vec![spaced(&[3, 5]), fixed(&[2])]).int("axis", -1).outputs(&[true, false]));
-    c.push(case("TopK", vec![spaced(&[3, 5]), given(&[2])]).int("axis", 0).int("largest", 0).outputs(&[true, false]).what("smallest"));
+    c.push(
+        case("TopK", vec![spaced(&[3, 5]), given(&[2])])
+            .int("axis", 0)
+            .int("largest", 0)
+            .outputs(&[true, false])
+            .what("smallest"),
+    );
 }
 
 fn norm(c: &mut Vec<Case>) {
@@ -330,7 +400,9 @@ fn norm(c: &mut Vec<Case>) {
         c.push(form(case("LayerNormalization", vec![by(&[3, 5]), by(&[5])])).what("no bias"));
         let rms = case("RMSNormalization", vec![by(&[2, 3, 4]), by(&[4])]).float("epsilon", 1e-3);
         c.push(form(rms.clone().opsets(&[23])));
-        c.push(form(case("SimplifiedLayerNormalization", vec![by(&[2, 3, 4]), by(&[4])]).float("epsilon", 1e-3).opsets(&[17])));
+        c.push(form(
+            case("SimplifiedLayerNormalization", vec![by(&[2, 3, 4]), by(&[4])]).float("epsilon", 1e-3).opsets(&[17]),
+        ));
     }
     let channels = || [between(&[3], 0.5, 1.5), by(&[3]), by(&[3]), between(&[3], 0.5, 2.0)];
     for dims in [&[2, 3][..], &[2, 3, 4], &[2, 3, 2, 2]] {
@@ -340,6 +412,15 @@ fn norm(c: &mut Vec<Case>) {
     }
     c.push(case("InstanceNormalization", vec![by(&[2, 3, 5]), by(&[3]), between(&[3], 0.0, 1.0)]).single());
     c.push(case("InstanceNormalization", vec![by(&[2, 3, 2, 4]), by(&[3]), between(&[3], 0.0, 1.0)]).single());
+}
+
+fn conv(c: &mut Vec<Case>) {
+    let conv = |x: &[usize], w: &[usize]| case("Conv", vec![by(x), by(w), by(&w[..1])]).single();
+    c.push(conv(&[2, 3, 8, 6], &[4, 3, 2, 2]).ints("strides", &[2, 2]).what("patches"));
+    c.push(conv(&[2, 3, 7, 6], &[4, 3, 3, 2]).ints("strides", &[2, 1]).ints("pads", &[1, 0, 2, 1]).what("left over"));
+    c.push(conv(&[1, 2, 9], &[3, 2, 3]).ints("dilations", &[2]).ints("strides", &[3]).what("dilated"));
+    let grouped = vec![by(&[2, 4, 5]), Arg::FloatConst(vec![6, 2, 3], Random(1).values(36, -1.0, 1.0))];
+    c.push(case("Conv", grouped).int("group", 2).single().what("groups"));
 }
 
 fn contrib(c: &mut Vec<Case>) {

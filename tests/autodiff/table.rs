@@ -13,8 +13,19 @@ const ELSEWHERE: &[&str] = &["If"];
 
 /// Rows that say "zero" of operators that take no floats.
 const NO_FLOATS: &[&str] = &[
-    "And", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Constant", "ConstantOfShape",
-    "Not", "Or", "RandomNormal", "RandomUniform", "Xor",
+    "And",
+    "BitShift",
+    "BitwiseAnd",
+    "BitwiseNot",
+    "BitwiseOr",
+    "BitwiseXor",
+    "Constant",
+    "ConstantOfShape",
+    "Not",
+    "Or",
+    "RandomNormal",
+    "RandomUniform",
+    "Xor",
 ];
 
 /// Rows that say "zero" because the output is random: two runs differ for that reason alone.

@@ -110,8 +110,20 @@ fn arrays(path: &Path, name: &str, pixels: (&[usize], Vec<f32>), labels: Vec<i64
 
 fn train<'a>(data: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let mut args = vec![
-        "train", "injected.onnx", "-o", "run", "--data", data, "--loss", "cross-entropy", "--engine", "tract", "--steps", "4",
-        "--batch-size", "4",
+        "train",
+        "injected.onnx",
+        "-o",
+        "run",
+        "--data",
+        data,
+        "--loss",
+        "cross-entropy",
+        "--engine",
+        "tract",
+        "--steps",
+        "4",
+        "--batch-size",
+        "4",
     ];
     args.extend(more);
     args
@@ -173,7 +185,8 @@ fn external_data_that_is_missing_short_or_elsewhere() {
     std::os::unix::fs::symlink(outer.path().join("secret.bin"), dir.join("link.bin")).expect("a link");
     std::fs::hard_link(outer.path().join("secret.bin"), dir.join("hard.bin")).expect("a link");
     let absolute = outer.path().join("secret.bin").to_string_lossy().into_owned();
-    let inject: &[&str] = &["inject", "base.onnx", "-o", "sub/injected.onnx", "--target-modules", "all-linear", "--r", "2"];
+    let inject: &[&str] =
+        &["inject", "base.onnx", "-o", "sub/injected.onnx", "--target-modules", "all-linear", "--r", "2"];
     std::fs::create_dir(dir.join("sub")).expect("a directory");
     let cases = [
         ("gone.bin", None, "gone.bin"),
@@ -191,7 +204,9 @@ fn external_data_that_is_missing_short_or_elsewhere() {
         refused(inject, &dir, "sub/injected.onnx", parts);
     }
     // Too short, and ranges beyond the end: found when the weight is wanted.
-    for (location, length) in [("short.bin", Some("120")), ("short.bin", None), ("right.bin", Some("18446744073709551615"))] {
+    for (location, length) in
+        [("short.bin", Some("120")), ("short.bin", None), ("right.bin", Some("18446744073709551615"))]
+    {
         std::fs::write(dir.join("base.onnx"), external(location, length).encode_to_vec()).expect("a file");
         done(&["inject", "base.onnx", "-o", "injected.onnx", "--target-modules", "all-linear", "--r", "2"], &dir);
         refused(&["fold", "injected.onnx", "-o", "merged.onnx"], &dir, "merged.onnx", &["fc1.weight"]);
@@ -213,7 +228,12 @@ fn modules_that_are_not_there() {
     refused(&args, &path, "out.onnx", &["excluded"]);
     let args = ["inject", "base.onnx", "-o", "out.onnx", "--target-modules", "fc(1"];
     refused(&args, &path, "out.onnx", &["fc(1"]);
-    refused(&["inject", "base.onnx", "-o", "out.onnx", "--target-modules", "fc1", "--r", "0"], &path, "out.onnx", &["r "]);
+    refused(
+        &["inject", "base.onnx", "-o", "out.onnx", "--target-modules", "fc1", "--r", "0"],
+        &path,
+        "out.onnx",
+        &["r "],
+    );
 }
 
 #[test]
@@ -221,7 +241,21 @@ fn a_model_that_is_injected_already() {
     let (_dir, path) = with_network();
     let again = ["inject", "injected.onnx", "-o", "out.onnx", "--target-modules", "all-linear"];
     refused(&again, &path, "out.onnx", &["injected.onnx", "default", "already", "--adapter-name"]);
-    done(&["inject", "injected.onnx", "-o", "two.onnx", "--target-modules", "fc1", "--r", "3", "--adapter-name", "second"], &path);
+    done(
+        &[
+            "inject",
+            "injected.onnx",
+            "-o",
+            "two.onnx",
+            "--target-modules",
+            "fc1",
+            "--r",
+            "3",
+            "--adapter-name",
+            "second",
+        ],
+        &path,
+    );
     let twice = ["inject", "two.onnx", "-o", "out.onnx", "--target-modules", "fc1", "--adapter-name", "second"];
     refused(&twice, &path, "out.onnx", &["two.onnx", "second", "already"]);
     refused(&["unload", "base.onnx", "-o", "out.onnx"], &path, "out.onnx", &["base.onnx", "inject"]);
@@ -305,7 +339,8 @@ fn json_is_one_object_and_nothing_else() {
         &["doctor", "--json"],
     ] {
         let stdout = done(args, &path);
-        let value: serde_json::Value = serde_json::from_str(&stdout).unwrap_or_else(|e| panic!("{args:?}: {e}: {stdout}"));
+        let value: serde_json::Value =
+            serde_json::from_str(&stdout).unwrap_or_else(|e| panic!("{args:?}: {e}: {stdout}"));
         assert!(value.is_object() && stdout.trim_end().lines().count() == 1, "{args:?}: {stdout}");
     }
     let inspected: serde_json::Value =
@@ -321,7 +356,10 @@ fn json_is_one_object_and_nothing_else() {
 #[test]
 fn models_that_differ_fail_verification() {
     let (_dir, path) = with_network();
-    done(&["inject", "base.onnx", "-o", "random.onnx", "--target-modules", "fc1", "--init-weights", "false", "--r", "2"], &path);
+    done(
+        &["inject", "base.onnx", "-o", "random.onnx", "--target-modules", "fc1", "--init-weights", "false", "--r", "2"],
+        &path,
+    );
     done(&["verify", "base.onnx", "injected.onnx", "--engine", "tract"], &path);
     refused(&["verify", "base.onnx", "random.onnx", "--engine", "tract"], &path, "none", &["differ", "logits"]);
 }

@@ -38,7 +38,11 @@ pub fn worst(a: &Tensor, b: &Tensor) -> f64 {
     if a.dims() != b.dims() {
         return f64::INFINITY;
     }
-    a.to_f64().iter().zip(b.to_f64()).map(|(x, y)| (x - y).abs()).fold(0.0, |m, d| if d.is_nan() { f64::INFINITY } else { m.max(d) })
+    a.to_f64()
+        .iter()
+        .zip(b.to_f64())
+        .map(|(x, y)| (x - y).abs())
+        .fold(0.0, |m, d| if d.is_nan() { f64::INFINITY } else { m.max(d) })
 }
 
 /// A `TensorProto` in a file of its own (how the ONNX backend tests keep inputs and outputs).
@@ -49,8 +53,10 @@ pub fn tensor_file(path: &Path) -> Tensor {
 
 /// Names of what stands in `dir`, sorted.
 pub fn files(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        std::fs::read_dir(dir).expect("a directory").map(|e| e.expect("an entry").file_name().to_string_lossy().into()).collect();
+    let mut names: Vec<String> = std::fs::read_dir(dir)
+        .expect("a directory")
+        .map(|e| e.expect("an entry").file_name().to_string_lossy().into())
+        .collect();
     names.sort();
     names
 }

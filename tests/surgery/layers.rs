@@ -29,7 +29,8 @@ fn layer(gemm: bool, w: &Tensor, b: Option<&Tensor>, x: &Tensor) -> ModelProto {
     let leading: Vec<String> = x.dims()[..x.dims().len() - 1].iter().map(usize::to_string).collect();
     let shape = |last: usize| leading.iter().cloned().chain([last.to_string()]).collect::<Vec<_>>();
     let (sx, sy) = (shape(inp), shape(out));
-    let info = |name: &str, s: &[String]| value_info(name, DataType::Float, &s.iter().map(String::as_str).collect::<Vec<_>>());
+    let info =
+        |name: &str, s: &[String]| value_info(name, DataType::Float, &s.iter().map(String::as_str).collect::<Vec<_>>());
     graph.input.push(info("x", &sx));
     graph.output.push(info("y", &sy));
     if let Some(b) = b {
@@ -120,7 +121,8 @@ fn check(case: &str, order: &str, gemm: bool, adapters: &[(String, usize)], get:
         order.split(['+', ',', '_']).filter_map(|name| adapters.iter().find(|a| a.0 == name)).collect();
     assert!(!active.is_empty(), "{what}: no adapter in the order");
     for (name, r) in &active {
-        let config = BoneConfig { r: *r, target_modules: Some(TargetModules::List(vec!["fc".into()])), ..Default::default() };
+        let config =
+            BoneConfig { r: *r, target_modules: Some(TargetModules::List(vec!["fc".into()])), ..Default::default() };
         let model = Model::open(&path).expect("a model");
         let options = InjectOptions { adapter_name: name.clone(), config, ..Default::default() };
         inject(&model, &options).and_then(|i| i.write(&model, &path)).expect("an injection");
@@ -153,7 +155,9 @@ fn check(case: &str, order: &str, gemm: bool, adapters: &[(String, usize)], get:
 
     // PEFT cannot merge r > in; there the formula is checked against the injected model's output.
     let merged = dir.path().join("merged.onnx");
-    fold(&model, &FoldOptions { safe: true, adapters: None }, &merged).and_then(|f| f.write(&model, &merged)).expect("a fold");
+    fold(&model, &FoldOptions { safe: true, adapters: None }, &merged)
+        .and_then(|f| f.write(&model, &merged))
+        .expect("a fold");
     let folded = run(&merged, &inputs);
     if let Some(theirs) = get(&format!("y_merged.{order}")) {
         assert!(worst(&folded[0], &theirs) <= 1e-5, "{what}: y_merged");

@@ -55,7 +55,10 @@ fn reference_inputs(dir: &Path) -> BTreeMap<String, Tensor> {
 
 fn all_linear(init: InitWeights) -> InjectOptions {
     let target_modules = Some(TargetModules::Pattern("all-linear".into()));
-    InjectOptions { config: BoneConfig { r: 8, init_weights: init, target_modules, ..Default::default() }, ..Default::default() }
+    InjectOptions {
+        config: BoneConfig { r: 8, init_weights: init, target_modules, ..Default::default() },
+        ..Default::default()
+    }
 }
 
 #[test]

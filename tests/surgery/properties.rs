@@ -11,7 +11,9 @@ use bone_onnx::adapter::{BoneConfig, InitWeights, TargetModules};
 use bone_onnx::fold::{FoldOptions, fold};
 use bone_onnx::inject::{InjectOptions, inject};
 use bone_onnx::onnx::proto::{OperatorSetIdProto, StringStringEntryProto};
-use bone_onnx::onnx::{AttributeProto, DataType, GraphProto, Model, ModelProto, NodeProto, Patch, Tensor, node, value_info};
+use bone_onnx::onnx::{
+    AttributeProto, DataType, GraphProto, Model, ModelProto, NodeProto, Patch, Tensor, node, value_info,
+};
 use bone_onnx::unload::unload;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -104,7 +106,9 @@ fn build(plan: &Plan) -> Vec<u8> {
         let out_in = layer.gemm && layer.trans_b;
         let mut out = layer.width;
         // The matrix as the node reads it: [in, out] or [out, in]; a Transpose in between stores the other one.
-        let tied = first.as_ref().filter(|(_, a, b)| layer.source == Source::Tied && if out_in { *b == width } else { *a == width });
+        let tied = first
+            .as_ref()
+            .filter(|(_, a, b)| layer.source == Source::Tied && if out_in { *b == width } else { *a == width });
         let weight = match tied {
             Some((name, a, b)) => {
                 out = if out_in { *a } else { *b };
@@ -198,7 +202,11 @@ fn build(plan: &Plan) -> Vec<u8> {
 
 fn options(r: usize, init: InitWeights) -> InjectOptions {
     let target_modules = Some(TargetModules::Pattern("all-linear".into()));
-    InjectOptions { config: BoneConfig { r, init_weights: init, target_modules, ..Default::default() }, seed: 3, ..Default::default() }
+    InjectOptions {
+        config: BoneConfig { r, init_weights: init, target_modules, ..Default::default() },
+        seed: 3,
+        ..Default::default()
+    }
 }
 
 fn write(model: &Model, patch: Patch, path: &Path) {
@@ -326,7 +334,8 @@ fn invariant_9_a_refused_fold_leaves_everything_as_it_was() {
 
         let model = Model::open(&path).expect("a model");
         let out = dir.join("out.onnx");
-        let refused = fold(&model, &FoldOptions { safe: true, adapters: None }, &out).and_then(|f| f.write(&model, &out));
+        let refused =
+            fold(&model, &FoldOptions { safe: true, adapters: None }, &out).and_then(|f| f.write(&model, &out));
         let message = refused.expect_err("a refusal").to_string();
         assert!(message.contains("default") && message.contains("block."), "{message}");
         assert_eq!(std::fs::read(&out).expect("a file"), b"precious");

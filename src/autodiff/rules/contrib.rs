@@ -8,9 +8,7 @@ use crate::Result;
 pub(super) fn add(rules: &mut Rules) {
     let mut row = |op: &str, rule: fn(&Vjp) -> Result<Adjoints>| rules.insert(MICROSOFT, op, Rule::vjp(rule));
     row("Gelu", |v| v.first(gelu(v, v.x(0)?, v.dy()?)));
-    row("QuickGelu", |v| {
-        v.first(swish(v, v.x(0)?, v.y(0)?, v.dy()?, f64::from(v.node.attr_f("alpha", 1.702))))
-    });
+    row("QuickGelu", |v| v.first(swish(v, v.x(0)?, v.y(0)?, v.dy()?, f64::from(v.node.attr_f("alpha", 1.702)))));
     row("FastGelu", |v| biased(v, gelu_tanh));
     row("BiasGelu", |v| biased(v, gelu));
     row("SkipLayerNormalization", |v| skip(v, Some(3), 4));

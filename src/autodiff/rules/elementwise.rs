@@ -106,11 +106,7 @@ pub(super) fn add(rules: &mut Rules) {
     });
     rules.vjp("Where", |v| {
         let (c, dy) = (v.x(0)?, v.dy()?);
-        Ok(vec![
-            None,
-            v.to_input(1, || v.select(c, dy, v.c(0.0))),
-            v.to_input(2, || v.select(c, v.c(0.0), dy)),
-        ])
+        Ok(vec![None, v.to_input(1, || v.select(c, dy, v.c(0.0))), v.to_input(2, || v.select(c, v.c(0.0), dy))])
     });
     rules.vjp("Max", extremum);
     rules.vjp("Min", extremum);
@@ -199,7 +195,8 @@ fn extremum(v: &Vjp) -> Result<Adjoints> {
 /// Inside the bounds (both included, as in PyTorch) the adjoint passes; outside it belongs to the bound.
 fn clip(v: &Vjp) -> Result<Adjoints> {
     let (x, dy) = (v.x(0)?, v.dy()?);
-    let bounds = [v.node.input_at(1).map(|lo| v.greater_or_equal(x, lo)), v.node.input_at(2).map(|hi| v.less_or_equal(x, hi))];
+    let bounds =
+        [v.node.input_at(1).map(|lo| v.greater_or_equal(x, lo)), v.node.input_at(2).map(|hi| v.less_or_equal(x, hi))];
     let inside = match bounds.iter().flatten().collect::<Vec<_>>().as_slice() {
         [] => None,
         [one] => Some(one.to_string()),
@@ -237,7 +234,9 @@ fn dropout(v: &Vjp) -> Result<Adjoints> {
     }
     let ratio = match v.node.input_at(1) {
         None => 0.5,
-        Some(ratio) => v.constant(ratio).and_then(|r| r.as_f64()).ok_or_else(|| v.error("its ratio must be a constant"))?,
+        Some(ratio) => {
+            v.constant(ratio).and_then(|r| r.as_f64()).ok_or_else(|| v.error("its ratio must be a constant"))?
+        }
     };
     let mask = v.forward_output(v.node, 1);
     v.first(v.mul(dy, v.mul(v.mask(mask), v.c(1.0 / (1.0 - ratio)))))

@@ -24,9 +24,8 @@ pub(super) fn add(rules: &mut Rules) {
             true => dy.to_string(),
             false => scatter_elements(v, dy, indices, &v.zeros_like(indices), axis, None),
         });
-        let updates = v
-            .wants(2)
-            .then(|| v.op("GatherElements", &[dy, indices], vec![AttributeProto::int("axis", axis)]));
+        let updates =
+            v.wants(2).then(|| v.op("GatherElements", &[dy, indices], vec![AttributeProto::int("axis", axis)]));
         Ok(vec![data, None, updates])
     });
     rules.vjp("ScatterND", |v| {
@@ -97,7 +96,8 @@ fn gather(v: &Vjp) -> Result<Adjoints> {
     // The axis goes to the front, and back at the end.
     let (rank, count) = (v.rank(x)?, v.rank(indices)?);
     let axis = v.axis(axis, rank)?;
-    let front: Vec<i64> = (axis..axis + count).chain(0..axis).chain(axis + count..rank + count - 1).map(|i| i as i64).collect();
+    let front: Vec<i64> =
+        (axis..axis + count).chain(0..axis).chain(axis + count..rank + count - 1).map(|i| i as i64).collect();
     let to_front: Vec<i64> = std::iter::once(axis).chain((0..rank).filter(|i| *i != axis)).map(|i| i as i64).collect();
     let mut back = vec![0; rank];
     for (i, p) in to_front.iter().enumerate() {

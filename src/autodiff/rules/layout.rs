@@ -106,7 +106,9 @@ fn slice(v: &Vjp) -> Result<Adjoints> {
             let size = |value: &str| known(v.dims(value)?.get(*axis)?);
             let start = constant.as_ref().and_then(|s| s.get(k).copied());
             let from = match (start, size(x)) {
-                (Some(start), Some(n)) => Some(if start < 0 { start.saturating_add(n) } else { start }.clamp(0, n.max(0))),
+                (Some(start), Some(n)) => {
+                    Some(if start < 0 { start.saturating_add(n) } else { start }.clamp(0, n.max(0)))
+                }
                 (Some(0), None) => Some(0),
                 _ => None,
             };
@@ -130,17 +132,13 @@ fn slice(v: &Vjp) -> Result<Adjoints> {
     for (k, axis) in axes.iter().enumerate() {
         let along = v.op("Range", &[&v.int(0), &v.squeeze(v.dim_of(x, *axis), v.ints(&[0])), &v.int(1)], vec![]);
         let step = v.ints(&[steps.get(k).copied().unwrap_or(1)]);
-        let taken = v.op(
-            "Slice",
-            &[&along, &v.gather_one(starts, k), &v.gather_one(ends, k), &v.ints(&[0]), &step],
-            vec![],
-        );
+        let taken =
+            v.op("Slice", &[&along, &v.gather_one(starts, k), &v.gather_one(ends, k), &v.ints(&[0]), &step], vec![]);
         let mut shape = vec![1; rank];
         shape[*axis] = -1;
         let index = v.expand(v.op("Reshape", &[&taken, &v.ints(&shape)], vec![]), v.shape(&g));
-        let dims: Vec<String> = (0..rank)
-            .map(|a| if a == *axis { v.dim_of(x, a) } else { v.op("Shape", &[&g], span(a)) })
-            .collect();
+        let dims: Vec<String> =
+            (0..rank).map(|a| if a == *axis { v.dim_of(x, a) } else { v.op("Shape", &[&g], span(a)) }).collect();
         let zeros = v.expand(v.c(0.0), v.concat(&dims, 0));
         g = v.op("ScatterElements", &[&zeros, &index, &g], vec![AttributeProto::int("axis", *axis as i64)]);
     }

@@ -63,7 +63,11 @@ fn rule(rules: &mut Rules, op: &str, adjoint: impl Fn(&Reduction) -> String + Se
         let r = Reduction { v, x, y: restore(y), dy: restore(dy), axes: axes.clone() };
         let dx = adjoint(&r);
         // Sums and means do not touch x, so their adjoint still has to be spread.
-        v.first(if dx == r.dy || v.node.is("ReduceMean") || v.node.is("ReduceLogSum") { v.expand_like(dx, x) } else { dx })
+        v.first(if dx == r.dy || v.node.is("ReduceMean") || v.node.is("ReduceLogSum") {
+            v.expand_like(dx, x)
+        } else {
+            dx
+        })
     });
 }
 

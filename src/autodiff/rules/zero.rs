@@ -53,7 +53,11 @@ const LOOP: &str = "runs its body an unknown number of times; export the model w
 
 const REFUSED: &[(&str, &str, &str)] = &[
     ("", "Attention", "is not written yet; export the model with an operator set below 23"),
-    ("", "DequantizeLinear", "reads what was rounded to a grid, and its scale belongs to the quantization: freeze both"),
+    (
+        "",
+        "DequantizeLinear",
+        "reads what was rounded to a grid, and its scale belongs to the quantization: freeze both",
+    ),
     ("", "DynamicQuantizeLinear", ROUNDS),
     ("", "GRU", "is recurrent; rules for recurrent operators are not written yet"),
     ("", "LSTM", "is recurrent; rules for recurrent operators are not written yet"),
