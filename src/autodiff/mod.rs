@@ -8,12 +8,14 @@
 //! | file | what lives there |
 //! |---|---|
 //! | `reverse` | the walk |
+//! | `recognise` | functions written as several nodes, seen as one |
 //! | `emit` | the builder: names, constants, one node where two would be equal |
 //! | `vjp` | what a rule sees |
 //! | `unbroadcast` | the transpose of broadcasting |
 //! | `rules` | the table, one file per family of operators |
 
 mod emit;
+mod recognise;
 mod reverse;
 mod rules;
 mod unbroadcast;
@@ -29,6 +31,7 @@ use crate::onnx::shape::Shapes;
 use crate::onnx::upgrade::upgrade;
 use crate::onnx::{DataType, GraphProto, ModelProto, NodeProto, ValueInfoProto, value_info};
 use crate::{Error, Result, did_you_mean};
+use recognise::recognise;
 use reverse::{Path, Scope};
 use vjp::{Constants, known};
 
@@ -89,7 +92,10 @@ pub fn gradient_with(model: &ModelProto, request: &Request, rules: &Rules) -> Re
     let open: HashSet<&str> =
         graph.input.iter().map(|v| v.name()).chain(request.wrt.iter().map(String::as_str)).collect();
     reverse::add_constants(&mut constants, graph, &open);
-    let scope = Scope { nodes: &graph.node, shapes: &shapes, constants: &constants, rules, opset: emitter.opset };
+    let mut visible: HashSet<String> = graph.output.iter().map(|v| v.name().to_string()).collect();
+    visible.extend(request.of.iter().map(|(value, _)| value).chain(&request.wrt).cloned());
+    let nodes = recognise(&graph.node, &constants, &visible);
+    let scope = Scope { nodes: &nodes, shapes: &shapes, constants: &constants, rules, opset: emitter.opset };
     let of: Vec<String> = request.of.iter().map(|(value, _)| value.clone()).collect();
     let path = Path::find(scope, &of, &request.wrt)?;
     if !path.obstacles.is_empty() {

@@ -142,13 +142,13 @@ impl<'a> Vjp<'a> {
         self.shapes.dims(value)
     }
 
-    /// The attribute `name` as an axis of a value of `rank`.
+    /// `axis` of a value of `rank`, counted from the front.
     pub fn axis(&self, axis: i64, rank: usize) -> Result<usize> {
         let at = if axis < 0 { axis.saturating_add(rank as i64) } else { axis };
         usize::try_from(at)
             .ok()
-            .filter(|at| *at < rank.max(1))
-            .ok_or_else(|| self.error(format!("axis {axis} is not one of {rank}")))
+            .filter(|at| *at < rank)
+            .ok_or_else(|| self.error(format!("axis {axis} does not exist in {rank} dimensions")))
     }
 
     /// Shape of `value` as numbers, where all of it is known.

@@ -63,6 +63,7 @@ pub fn all() -> Vec<Case> {
     layout(&mut cases);
     indices(&mut cases);
     norm(&mut cases);
+    conv(&mut cases);
     contrib(&mut cases);
     cases
 }
@@ -411,6 +412,15 @@ fn norm(c: &mut Vec<Case>) {
     }
     c.push(case("InstanceNormalization", vec![by(&[2, 3, 5]), by(&[3]), between(&[3], 0.0, 1.0)]).single());
     c.push(case("InstanceNormalization", vec![by(&[2, 3, 2, 4]), by(&[3]), between(&[3], 0.0, 1.0)]).single());
+}
+
+fn conv(c: &mut Vec<Case>) {
+    let conv = |x: &[usize], w: &[usize]| case("Conv", vec![by(x), by(w), by(&w[..1])]).single();
+    c.push(conv(&[2, 3, 8, 6], &[4, 3, 2, 2]).ints("strides", &[2, 2]).what("patches"));
+    c.push(conv(&[2, 3, 7, 6], &[4, 3, 3, 2]).ints("strides", &[2, 1]).ints("pads", &[1, 0, 2, 1]).what("left over"));
+    c.push(conv(&[1, 2, 9], &[3, 2, 3]).ints("dilations", &[2]).ints("strides", &[3]).what("dilated"));
+    let grouped = vec![by(&[2, 4, 5]), Arg::FloatConst(vec![6, 2, 3], Random(1).values(36, -1.0, 1.0))];
+    c.push(case("Conv", grouped).int("group", 2).single().what("groups"));
 }
 
 fn contrib(c: &mut Vec<Case>) {

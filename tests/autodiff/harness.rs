@@ -215,8 +215,10 @@ impl Case {
 
     /// Compares gradient and differences in every form of the model; the text says what differs.
     pub fn check(&self) -> Result<(), String> {
+        // The spatial sizes of a convolution have to be known.
+        let forms: &[bool] = if self.op == "Conv" { &[false] } else { &[false, true] };
         for opset in &self.opsets {
-            for dynamic in [false, true] {
+            for &dynamic in forms {
                 let model = self.model(dynamic, *opset);
                 let wrt = self.wrt();
                 let of: Vec<String> =
@@ -246,7 +248,9 @@ pub struct Tolerance {
 
 impl Tolerance {
     pub const DOUBLE: Self = Self { step: 1e-3, relative: 1e-8 };
-    pub const MODEL: Self = Self { step: 1e-2, relative: 1e-2 };
+    /// Whole models: small steps, so that no ReLU turns over on the way.
+    pub const MODEL_DOUBLE: Self = Self { step: 1e-5, relative: 1e-6 };
+    pub const MODEL_SINGLE: Self = Self { step: 1e-2, relative: 1e-2 };
     pub const SINGLE: Self = Self { step: 1e-2, relative: 2e-3 };
 }
 
@@ -277,7 +281,8 @@ pub fn compare(
     };
     let Gradient { model: derived, gradients } =
         gradient_with(model, &request, &Rules::standard()).map_err(|e| e.to_string())?;
-    let mut forward = load(model, optimize)?;
+    // ONNX Runtime's fused operators round to single precision inside: differences are taken of the plain graph.
+    let mut forward = load(model, false)?;
     let mut backward = load(&derived, optimize)?;
     let outputs: Vec<&str> = of.iter().map(String::as_str).collect();
     let mut random = Random(7);

@@ -1,6 +1,7 @@
 //! Gradients against central finite differences: every rule, then whole models.
 
 mod cases;
+mod gelu;
 mod harness;
 mod table;
 mod whole;

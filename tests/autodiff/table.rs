@@ -113,3 +113,44 @@ fn strip_shape(info: &mut bone_onnx::onnx::ValueInfoProto) {
         tensor.shape = None;
     }
 }
+
+/// Nodes with too few inputs and outputs, ranks that make no sense and attributes of the wrong length: an error or a
+/// graph, never a panic.
+#[test]
+fn malformed_nodes_do_not_panic() {
+    let attributes = || {
+        let mut list: Vec<AttributeProto> =
+            ["axis", "batch_dims", "keepdims", "transA"].map(|n| AttributeProto::int(n, i64::MIN)).into();
+        list.extend(["axes", "perm", "pads", "strides"].map(|n| AttributeProto::ints(n, &[7, -9, i64::MAX])));
+        list
+    };
+    let mut refused = 0;
+    for (domain, op, _) in Rules::standard().iter() {
+        for (inputs, outputs, dims, odd) in (0..6).flat_map(|i| {
+            [0, 1, 4].into_iter().flat_map(move |o| {
+                [&[][..], &["n"], &["2", "0", "n"]]
+                    .into_iter()
+                    .flat_map(move |d| [false, true].map(|odd| (i, o, d, odd)))
+            })
+        }) {
+            let names: Vec<String> = (0..outputs).map(|k| format!("y{k}")).collect();
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            let mut bad = node(op, &vec!["x"; inputs], &names);
+            bad.domain = Some(domain.into());
+            bad.attribute = if odd { attributes() } else { vec![] };
+            let graph = bone_onnx::onnx::GraphProto {
+                input: vec![value_info("x", DataType::Float, dims)],
+                output: vec![value_info("x", DataType::Float, dims)],
+                node: vec![bad],
+                ..Default::default()
+            };
+            let opset = bone_onnx::onnx::proto::OperatorSetIdProto { version: Some(17), ..Default::default() };
+            let model =
+                bone_onnx::onnx::ModelProto { graph: Some(graph), opset_import: vec![opset], ..Default::default() };
+            let of = if outputs > 0 { "y0" } else { "x" };
+            let request = Request { of: vec![(of.into(), Seed::One)], wrt: vec!["x".into()], ..Default::default() };
+            refused += usize::from(gradient(&model, &request).is_err());
+        }
+    }
+    assert!(refused > 0);
+}

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::super::declare;
+use super::super::recognise::recognise;
 use super::super::reverse::{Path, Scope, add_constants};
 use super::{Adjoints, Rules, Vjp};
 use crate::Result;
@@ -57,7 +58,9 @@ fn branch(v: &Vjp, graph: &GraphProto, wanted: &[String]) -> Result<GraphProto> 
     let shapes = v.shapes.subgraph(graph, v.opset);
     let mut constants = v.constants.clone();
     add_constants(&mut constants, graph, &Default::default());
-    let scope = Scope { nodes: &graph.node, shapes: &shapes, constants: &constants, rules: v.rules, opset: v.opset };
+    let visible = graph.output.iter().map(|o| o.name().to_string()).collect();
+    let nodes = recognise(&graph.node, &constants, &visible);
+    let scope = Scope { nodes: &nodes, shapes: &shapes, constants: &constants, rules: v.rules, opset: v.opset };
     let results: Vec<String> = graph.output.iter().map(|o| o.name().to_string()).collect();
     let path = Path::find(scope, &results, wanted)?;
     let seeds: Vec<(String, String)> =

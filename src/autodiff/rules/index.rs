@@ -81,7 +81,7 @@ fn gather(v: &Vjp) -> Result<Adjoints> {
                 let at = if at < 0 { at.saturating_add(n) } else { at };
                 (v.ints(&[at]), v.ints(&[n - 1 - at]))
             }
-            (0.., None) => (v.ints(&[at]), v.sub(v.dim_of(x, axis), v.ints(&[at + 1]))),
+            (0.., None) => (v.ints(&[at]), v.sub(v.dim_of(x, axis), v.ints(&[at.saturating_add(1)]))),
             (_, None) => (v.add(v.dim_of(x, axis), v.ints(&[at])), v.ints(&[-1 - at])),
         };
         let mut widths = vec![v.ints(&[0]); 2 * rank];

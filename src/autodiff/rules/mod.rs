@@ -6,6 +6,7 @@
 
 mod contrib;
 mod control;
+mod conv;
 mod elementwise;
 mod index;
 mod layout;
@@ -68,6 +69,7 @@ impl Rules {
         index::add(&mut rules);
         norm::add(&mut rules);
         softmax::add(&mut rules);
+        conv::add(&mut rules);
         contrib::add(&mut rules);
         control::add(&mut rules);
         zero::add(&mut rules);
