@@ -212,10 +212,10 @@ impl Emitter {
         }
         // A transposition of the forward pass is only undone; otherwise its result, which is there, is the cheaper start.
         let before = self.state.borrow().forward_transposed.get(x).cloned();
-        if let Some((origin, both)) = before.and_then(|(origin, first)| Some((origin, composed(&first)?))) {
-            if both.iter().enumerate().all(|(i, p)| *p == i as i64) {
-                return origin;
-            }
+        if let Some((origin, both)) = before.and_then(|(origin, first)| Some((origin, composed(&first)?)))
+            && both.iter().enumerate().all(|(i, p)| *p == i as i64)
+        {
+            return origin;
         }
         if perm.iter().enumerate().all(|(i, p)| *p == i as i64) {
             return x.to_string();

@@ -291,7 +291,7 @@ fn clip(lift: &mut Lift, mut node: NodeProto) -> Result<()> {
 
 fn pad(lift: &mut Lift, mut node: NodeProto) -> Result<()> {
     lift.ints_to_input(&mut node, "pads", 1);
-    if !node.input_at(1).is_some_and(|p| !p.is_empty()) {
+    if node.input_at(1).is_none_or(|p| p.is_empty()) {
         return Err(cannot(&node, "it gives no pads"));
     }
     lift.float_to_input(&mut node, "value", 2);

@@ -137,7 +137,8 @@ mod tests {
             options.validate()
         };
         assert!(with(|_| ()).is_ok());
-        let cases: [(fn(&mut TrainOptions), &str); 9] = [
+        type Change = fn(&mut TrainOptions);
+        let cases: [(Change, &str); 9] = [
             (|o| o.lr = f64::NAN, "lr"),
             (|o| o.head_lr = Some(-1.0), "head-lr"),
             (|o| o.weight_decay = -0.1, "weight-decay"),

@@ -51,7 +51,7 @@ fn index(dims: &[usize], values: &[i64]) -> Tensor {
 fn flags(dims: &[usize], seed: u64) -> Tensor {
     let mut random = Random(seed);
     let n: usize = dims.iter().product();
-    let values = (0..n).map(|_| random.bits() % 2 == 0).collect();
+    let values = (0..n).map(|_| random.bits().is_multiple_of(2)).collect();
     Tensor::Bool(ndarray::ArrayD::from_shape_vec(ndarray::IxDyn(dims), values).unwrap())
 }
 
@@ -138,7 +138,7 @@ fn elementwise(c: &mut Vec<Case>) {
             case(
                 "Where",
                 vec![
-                    Arg::Given(flags(&[a, b].iter().max_by_key(|s| s.len()).unwrap(), 3)),
+                    Arg::Given(flags([a, b].iter().max_by_key(|s| s.len()).unwrap(), 3)),
                     by(a),
                     between(b, -2.0, 1.0),
                 ],
@@ -295,7 +295,8 @@ fn layout(c: &mut Vec<Case>) {
     c.push(case("Split", vec![by(&[2, 6]), fixed(&[1, 2, 3])]).int("axis", 1).outputs(&[true, true, true]));
     c.push(case("Split", vec![by(&[6])]).int("axis", -1).outputs(&[true, true]).opsets(&[17]).what("equal parts"));
     c.push(case("Split", vec![by(&[7])]).int("num_outputs", 2).outputs(&[true, true]).opsets(&[18]).what("parts"));
-    let slices: [(&[i64], &[i64], Option<&[i64]>, Option<&[i64]>); 8] = [
+    type Ints<'a> = &'a [i64];
+    let slices: [(Ints, Ints, Option<Ints>, Option<Ints>); 8] = [
         (&[1], &[3], None, None),
         (&[1, -2], &[100, -1], Some(&[0, 2]), None),
         (&[-100], &[-1], Some(&[-1]), Some(&[1])),

@@ -201,11 +201,7 @@ impl Case {
             }
         }
         graph.node.push(node);
-        let import = |domain: &str, version| OperatorSetIdProto {
-            domain: Some(domain.into()),
-            version: Some(version),
-            ..Default::default()
-        };
+        let import = |domain: &str, version| OperatorSetIdProto { domain: Some(domain.into()), version: Some(version) };
         let mut opset_import = vec![import("", opset)];
         if !self.domain.is_empty() {
             opset_import.push(import(self.domain, 1));

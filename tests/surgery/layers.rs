@@ -130,7 +130,7 @@ fn check(case: &str, order: &str, gemm: bool, adapters: &[(String, usize)], get:
     }
 
     let close = |name: &str, ours: &Tensor| {
-        let theirs = get(&format!("{name}")).unwrap_or_else(|| panic!("{what}: no {name}"));
+        let theirs = get(name).unwrap_or_else(|| panic!("{what}: no {name}"));
         let off = worst(ours, &theirs);
         assert!(off <= 1e-5, "{what}: {name} is off by {off}");
     };

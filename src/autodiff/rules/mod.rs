@@ -24,11 +24,14 @@ use super::vjp::{Adjoints, Vjp};
 use crate::Result;
 use crate::onnx::NodeProto;
 
+/// Emits the adjoints of a node's inputs.
+pub type VjpRule = dyn Fn(&Vjp) -> Result<Adjoints> + Send + Sync;
+
 /// What is known of an operator's derivative.
 #[derive(Clone)]
 pub enum Rule {
     /// The function that emits it.
-    Vjp(Arc<dyn Fn(&Vjp) -> Result<Adjoints> + Send + Sync>),
+    Vjp(Arc<VjpRule>),
     /// It is zero wherever it exists, for this reason.
     Zero(&'static str),
     /// It is not given, for this reason.

@@ -293,9 +293,9 @@ fn attention(op: &mut Op) -> Option<()> {
     (0..4).for_each(|i| op.set(i, element, None));
     // As rank 4, whichever it is.
     let mut split = |i: usize, heads: &str| {
-        Some(match op.dims(i)?.as_slice() {
-            &[batch, heads, length, size] => [batch, heads, length, size],
-            &[batch, length, width] => {
+        Some(match *op.dims(i)?.as_slice() {
+            [batch, heads, length, size] => [batch, heads, length, size],
+            [batch, length, width] => {
                 let heads = Dim::Known(op.node.attr(heads)?.i());
                 [batch, heads, length, op.symbols().div(width, heads)]
             }
