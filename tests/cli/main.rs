@@ -220,6 +220,31 @@ fn external_data_that_is_missing_short_or_elsewhere() {
 }
 
 #[test]
+fn a_weight_of_two_hundred_gigabytes_is_not_read_to_inspect_inject_or_unload() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path();
+    let (inputs, outputs) = (500_000, 100_000);
+    let file = std::fs::File::create(path.join("big.bin")).expect("a file");
+    file.set_len(4 * inputs * outputs).expect("a sparse file");
+    let mut proto = external("big.bin", None);
+    let graph = proto.graph.as_mut().expect("a graph");
+    graph.input = vec![value_info("pixels", DataType::Float, &["n", &inputs.to_string()])];
+    graph.output = vec![value_info("h", DataType::Float, &["n", &outputs.to_string()])];
+    graph.initializer.truncate(1);
+    graph.initializer[0].dims = vec![outputs as i64, inputs as i64];
+    graph.node.truncate(1);
+    graph.node[0].input.truncate(2);
+    std::fs::write(path.join("base.onnx"), proto.encode_to_vec()).expect("a file");
+    let begun = std::time::Instant::now();
+    done(&["inspect", "base.onnx"], path);
+    done(&["inject", "base.onnx", "-o", "injected.onnx", "--target-modules", "fc1", "--r", "2"], path);
+    done(&["unload", "injected.onnx", "-o", "back.onnx"], path);
+    // Reading it would take minutes on any machine.
+    assert!(begun.elapsed().as_secs() < 10, "{:?}", begun.elapsed());
+    assert_eq!(std::fs::read(path.join("back.onnx")).unwrap(), std::fs::read(path.join("base.onnx")).unwrap());
+}
+
+#[test]
 fn modules_that_are_not_there() {
     let (_dir, path) = with_network();
     let args = ["inject", "base.onnx", "-o", "out.onnx", "--target-modules", "fc_1"];
