@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::wire::{Rope, RopeError};
+use super::rope::{Rope, RopeError};
 use crate::{Error, Result};
 
 /// Writes `rope` to `path`. `origin` is the file (and its map) that the rope's slices come from.

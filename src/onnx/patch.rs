@@ -8,7 +8,8 @@ use prost::Message;
 
 use super::external::Place;
 use super::proto::StringStringEntryProto;
-use super::wire::{self, Due, Record, Rope};
+use super::rope::{Due, Rope};
+use super::wire::{self, Record};
 use super::{NodeProto, TensorProto, ValueInfoProto};
 use crate::Result;
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::graph::Parameter;
 use crate::adapter::{AdapterRecord, Injection, TargetModules};
-use crate::onnx::wire::Due;
+use crate::onnx::Due;
 use crate::onnx::{Model, NewPlace, Patch, Rope, Scope, Tensor, copy_external, external, write_atomic};
 use crate::{Error, Result};
 
