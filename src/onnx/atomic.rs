@@ -11,11 +11,11 @@ use crate::{Error, Result};
 
 /// Writes `rope` to `path`. `origin` is the file (and its map) that the rope's slices come from.
 pub fn write_atomic(path: &Path, rope: Rope, origin: Option<(&File, &bytes::Bytes)>) -> Result<()> {
-    replace(path, |file| rope.write_to(file, origin))
+    replace(path, rope.len() as u64, |file| rope.write_to(file, origin))
 }
 
-/// Opens a temp file beside `path`, lets `fill` write it, and moves it to `path` once it is safe on disk.
-pub(crate) fn replace(path: &Path, fill: impl FnOnce(&mut File) -> Result<(), RopeError>) -> Result<()> {
+/// Opens a temp file beside `path`, lets `fill` write its `len` bytes, and moves it to `path` once it is safe on disk.
+pub(crate) fn replace(path: &Path, len: u64, fill: impl FnOnce(&mut File) -> Result<(), RopeError>) -> Result<()> {
     let dir = parent(path);
     if path.is_dir() {
         return Err(Error::config(format!("{}: this is a directory; name a file", path.display())));
@@ -28,6 +28,7 @@ pub(crate) fn replace(path: &Path, fill: impl FnOnce(&mut File) -> Result<(), Ro
         .permissions(mode_for(&target))
         .tempfile_in(&dir)
         .map_err(Error::io("create a temporary file in", &dir))?;
+    reserve(temp.as_file(), len).map_err(Error::io("write", path))?;
     let mut file = temp.as_file().try_clone().map_err(Error::io("write", path))?;
     while_syncing(temp.as_file(), || fill(&mut file)).map_err(|e| e.at(path))?;
     if let Ok(old) = fs::metadata(&target) {
@@ -36,6 +37,26 @@ pub(crate) fn replace(path: &Path, fill: impl FnOnce(&mut File) -> Result<(), Ro
     temp.as_file().sync_all().map_err(Error::io("write", path))?;
     temp.persist(&target).map_err(|e| Error::io("write", path)(e.error))?;
     sync_dir(&dir)
+}
+
+/// Has the file system set the space aside: a full disk shows before the work is done, and the writing is quicker.
+#[cfg(target_os = "linux")]
+fn reserve(file: &File, len: u64) -> std::io::Result<()> {
+    use rustix::fs::{FallocateFlags, fallocate};
+    const WORTH_IT: u64 = 1 << 20;
+    if len < WORTH_IT {
+        return Ok(());
+    }
+    match fallocate(file, FallocateFlags::empty(), 0, len) {
+        Err(rustix::io::Errno::NOSPC) => Err(rustix::io::Errno::NOSPC.into()),
+        // A file system that cannot do it takes the bytes as they come.
+        _ => Ok(()),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn reserve(_file: &File, _len: u64) -> std::io::Result<()> {
+    Ok(())
 }
 
 /// Runs `fill` while another thread keeps sending what it has written to the disk, so that the wait for it at the end

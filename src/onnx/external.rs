@@ -169,7 +169,8 @@ pub fn copy_external(model: &Model, locations: &[String], out: &Path) -> Result<
             fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
         }
         let mut source = File::open(&from).map_err(Error::io("read", &from))?;
-        super::atomic::replace(&to, |file| Ok(std::io::copy(&mut source, file).map(|_| ())?))?;
+        let len = source.metadata().map_err(Error::io("read", &from))?.len();
+        super::atomic::replace(&to, len, |file| Ok(std::io::copy(&mut source, file).map(|_| ())?))?;
     }
     Ok(())
 }
