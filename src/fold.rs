@@ -200,7 +200,8 @@ fn layers<'a>(model: &Model, adapters: &[&'a AdapterRecord], linears: &'a [Linea
                     node.and_then(|n| n.output_at(0)).is_some_and(|o| base_outputs.contains(&o))
                 })
                 .collect();
-            if calls.len() != target.calls.len() {
+            let sized = |l: &&Linear| (l.in_features, l.out_features) == (target.in_features, target.out_features);
+            if calls.len() != target.calls.len() || !calls.iter().all(sized) {
                 return Err(gone(&format!(
                     "a node of module {} is no linear layer with a constant weight any more",
                     target.module

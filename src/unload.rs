@@ -35,19 +35,19 @@ pub(crate) fn strip(model: &Model, record: &Injection, keep_head: bool) -> Resul
     }
 
     let mut patch = Patch::default();
-    let mut wanted = nodes.len() + outputs.len();
+    let mut found = 0;
     let mut failure = None;
     walk_graphs(model.graph(), &mut |scope, graph| {
         for (index, node) in graph.node.iter().enumerate() {
             if nodes.contains(node.name()) {
                 patch.graph(scope).drop_nodes.insert(index);
-                wanted -= 1;
+                found += 1;
                 continue;
             }
             let Some(mut original) = node.output.first().and_then(|o| outputs.get(o.as_str())) else { continue };
-            wanted -= 1;
+            found += 1;
             while let Some(earlier) = outputs.get(original) {
-                wanted -= 1;
+                found += 1;
                 original = earlier;
             }
             let renamed = model
@@ -71,7 +71,7 @@ pub(crate) fn strip(model: &Model, record: &Injection, keep_head: bool) -> Resul
     main.drop_inputs.extend(position(&mut graph.input.iter().map(|v| v.name()), &initializers));
     let head_outputs = record.head.iter().filter(|_| !keep_head).map(|h| h.name.as_str()).collect();
     main.drop_outputs.extend(position(&mut graph.output.iter().map(|v| v.name()), &head_outputs));
-    if wanted != 0 || main.drop_initializers.len() != initializers.len() {
+    if found != nodes.len() + outputs.len() || main.drop_initializers.len() != initializers.len() {
         return Err(Error::file(
             &model.path,
             "another tool has changed this model since the adapters were injected: nodes or initializers of theirs are \

@@ -118,6 +118,9 @@ fn difference(name: &str, a: &Tensor, b: &Tensor, tolerance: Tolerance) -> Outpu
     result
 }
 
+/// Made-up inputs have no more elements than this.
+const MAX_ELEMENTS: usize = 1 << 30;
+
 /// Made-up inputs for `model`: normal-ish floats, ones for masks, small ids that index every table they reach.
 /// A dimension that is not fixed becomes `batch` where it comes first, `length` elsewhere.
 pub fn random_inputs(model: &Model, batch: usize, length: usize, seed: u64) -> Result<BTreeMap<String, Tensor>> {
@@ -147,6 +150,9 @@ pub fn random_inputs(model: &Model, batch: usize, length: usize, seed: u64) -> R
                 }
             })
             .collect();
+        if shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d)).is_none_or(|n| n > MAX_ELEMENTS) {
+            return Err(Error::model(format!("input {:?} of shape {shape:?} is too large to make up", info.name())));
+        }
         let tensor = random(model, info.name(), data_type, &shape, &mut rng)?;
         inputs.insert(info.name().to_string(), tensor);
     }

@@ -5,4 +5,6 @@ mod config;
 mod record;
 
 pub use config::{BoneConfig, InitWeights, TargetModules};
-pub use record::{AdapterRecord, CallRecord, HeadRecord, Injection, METADATA_KEY, Pool, TargetRecord, Trainable};
+pub use record::{
+    AdapterRecord, CallRecord, HeadRecord, Injection, MAX_SIZE, METADATA_KEY, Pool, TargetRecord, Trainable,
+};

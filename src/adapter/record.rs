@@ -1,6 +1,8 @@
 //! What an injected file says of itself: one JSON value in the model's metadata, so that every later command needs
 //! the file alone.
 
+use std::collections::HashMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::BoneConfig;
@@ -9,6 +11,9 @@ use crate::{Error, Result};
 
 /// Key of the record in `metadata_props` (ONNX IR: keys carry a reverse-DNS prefix).
 pub const METADATA_KEY: &str = "org.bone-onnx.injection";
+
+/// No dimension of a layer is larger than this.
+pub const MAX_SIZE: usize = 1 << 31;
 
 /// The record.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -104,7 +109,46 @@ impl Injection {
                 format!("it was injected by a newer bone-onnx (record format {}); update this one", record.format),
             ));
         }
+        record.check().map_err(|what| {
+            Error::file(
+                &model.path,
+                format!("its metadata {METADATA_KEY} makes no sense: {what}; inject it again from the base"),
+            )
+        })?;
         Ok(Some(record))
+    }
+
+    /// A file may come from a stranger: sizes that nobody means, and outputs renamed in a circle.
+    fn check(&self) -> Result<(), String> {
+        for adapter in &self.adapters {
+            let r = adapter.config.r;
+            for target in &adapter.targets {
+                for (size, what) in
+                    [(r, "r"), (target.in_features, "in_features"), (target.out_features, "out_features")]
+                {
+                    if size == 0 || size > MAX_SIZE {
+                        return Err(format!("module {} has {what} = {size}", target.module));
+                    }
+                }
+                if target.calls.is_empty() {
+                    return Err(format!("module {} is called by no node", target.module));
+                }
+            }
+        }
+        let mut renamed: HashMap<&str, &str> = HashMap::new();
+        for call in self.adapters.iter().flat_map(|a| &a.targets).flat_map(|t| &t.calls) {
+            if renamed.insert(&call.base_output, &call.output).is_some() {
+                return Err(format!("value {} is named twice", call.base_output));
+            }
+        }
+        // Each adapter on a node renames its output once more.
+        for start in renamed.keys() {
+            let chain = std::iter::successors(Some(start), |name| renamed.get(**name)).take(self.adapters.len() + 2);
+            if chain.count() > self.adapters.len() + 1 {
+                return Err(format!("value {start} is renamed in a circle"));
+            }
+        }
+        Ok(())
     }
 
     /// As [`Injection::read`], but a plain model is an error that says what to do.

@@ -29,13 +29,13 @@ pub struct Args {
     #[arg(long)]
     exclude_modules: Option<String>,
 
-    /// Rows of each block
-    #[arg(long, default_value_t = 64)]
-    r: usize,
+    /// Rows of each block [default: 64]
+    #[arg(long)]
+    r: Option<usize>,
 
-    /// true: zeros, so that nothing changes at first; false: random
-    #[arg(long, default_value = "true")]
-    init_weights: InitWeights,
+    /// true: zeros, so that nothing changes at first; false: random [default: true]
+    #[arg(long)]
+    init_weights: Option<InitWeights>,
 
     /// Adapt only these layer numbers (comma-separated); needs a list in --target-modules
     #[arg(long, value_delimiter = ',')]
@@ -130,12 +130,8 @@ impl Args {
             }
             None => BoneConfig::default(),
         };
-        if self.config.is_none() || self.r != 64 {
-            config.r = self.r;
-        }
-        if self.config.is_none() || self.init_weights != InitWeights::Zeros {
-            config.init_weights = self.init_weights;
-        }
+        config.r = self.r.unwrap_or(config.r);
+        config.init_weights = self.init_weights.unwrap_or(config.init_weights);
         if let Some(text) = &self.target_modules {
             config.target_modules = Some(TargetModules::parse(text));
         }

@@ -3,7 +3,7 @@
 use rand::distr::{Distribution, Uniform};
 use rand_chacha::ChaCha8Rng;
 
-use crate::adapter::{HeadRecord, Pool};
+use crate::adapter::{HeadRecord, MAX_SIZE, Pool};
 use crate::onnx::proto::{tensor_shape_proto::dimension::Value as DimValue, type_proto};
 use crate::onnx::shape::{Dim, Shapes};
 use crate::onnx::{
@@ -80,6 +80,13 @@ pub(super) fn append(
             "pooling reads [batch, sequence, features], but {:?} has {} dimensions; use --pool none",
             options.input,
             dims.len()
+        )));
+    }
+
+    if options.labels.saturating_mul(features) > MAX_SIZE {
+        return Err(Error::config(format!(
+            "head {name:?} of {} labels × {features} features is too large",
+            options.labels
         )));
     }
 

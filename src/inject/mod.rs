@@ -12,7 +12,9 @@ use serde::Serialize;
 
 pub use head::HeadOptions;
 
-use crate::adapter::{AdapterRecord, BoneConfig, CallRecord, HeadRecord, Injection, METADATA_KEY, TargetRecord, bone};
+use crate::adapter::{
+    AdapterRecord, BoneConfig, CallRecord, HeadRecord, Injection, MAX_SIZE, METADATA_KEY, TargetRecord, bone,
+};
 use crate::onnx::{DataType, Model, Names, Patch, Scope, Tensor, copy_external, external, value_info, wire};
 use crate::select::{self, Linear};
 use crate::{Error, Result};
@@ -177,6 +179,9 @@ fn adapt(
     for (module, calls) in by_module(chosen) {
         let first = calls[0];
         let (inputs, outputs) = (first.in_features, first.out_features);
+        if r.saturating_mul(inputs.max(outputs)) > MAX_SIZE {
+            return Err(Error::config(format!("r = {r} is too large for module {module} ({inputs} → {outputs})")));
+        }
         let prefix = format!("{module}.bone.{adapter}");
         let selection = match selections.get(&inputs) {
             Some(name) => name.clone(),

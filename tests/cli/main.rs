@@ -345,6 +345,40 @@ fn a_loss_that_is_not_a_number_stops_training_and_keeps_what_was_saved() {
 }
 
 #[test]
+fn a_record_that_makes_no_sense() {
+    let (_dir, path) = with_network();
+    let whole =
+        ModelProto::decode(std::fs::read(path.join("injected.onnx")).expect("a file").as_slice()).expect("a model");
+    let text = whole.metadata_props[0].value().to_string();
+    assert!(text.contains("\"r\":2") && text.contains("\"base_output\":\"h.base\""), "{text}");
+    let cases = [
+        text.replace("\"r\":2", "\"r\":0"),
+        text.replace("\"in_features\":6", "\"in_features\":18446744073709551615"),
+        text.replace("\"out_features\":5", "\"out_features\":4"),
+        text.replace("\"base_output\":\"h.base\"", "\"base_output\":\"h\""),
+        text.replace("\"base_output\":\"h.base\"", "\"base_output\":\"m.base\""),
+        text.replace("\"output\":\"h\"", "\"output\":\"h.base\""),
+        text.replace("\"format\":1", "\"format\":2"),
+        text.replace("fc1.bone_block.default", "fc9.bone_block.default"),
+        text[..text.len() / 2].to_string(),
+    ];
+    arrays(&path, "data.safetensors", (&[8, 6], vec![0.5; 48]), vec![0; 8]);
+    for case in cases {
+        assert_ne!(case, text);
+        let mut broken = whole.clone();
+        broken.metadata_props[0].value = Some(case);
+        std::fs::write(path.join("injected.onnx"), broken.encode_to_vec()).expect("a file");
+        refused(&["fold", "injected.onnx", "-o", "out.onnx"], &path, "out.onnx", &["injected.onnx"]);
+        let output = bone(&train("data.safetensors", &[]), &path);
+        assert!(!text_of(&output).contains("panicked"), "{}", text_of(&output));
+    }
+}
+
+fn text_of(output: &Output) -> String {
+    text(&output.stderr)
+}
+
+#[test]
 fn usage_errors_are_exit_code_2() {
     let (_dir, path) = with_network();
     for args in [&["inject", "base.onnx"][..], &["fold"], &["no-such-command"], &["train", "injected.onnx"]] {

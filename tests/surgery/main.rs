@@ -2,6 +2,7 @@
 
 mod common;
 mod decoder;
+mod heads;
 mod layers;
 mod models;
 mod properties;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use bone_onnx::adapter::Injection;
 use bone_onnx::engine::Engine;
-use bone_onnx::onnx::wire::Due;
+use bone_onnx::onnx::Due;
 use bone_onnx::onnx::{Model, NewPlace, Patch, Scope, Tensor};
 use bone_onnx::train::{self, Loss, TrainOptions};
 use serde_json::Value;
