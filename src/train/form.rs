@@ -83,7 +83,7 @@ pub fn lower(graph: &mut GraphProto) {
 /// One graph and, through its nodes, those below it.
 fn rewrite(graph: &mut GraphProto, calls: &[Call], names: &mut Names) {
     let mut gone: HashSet<&str> = HashSet::new();
-    let mut merged: HashMap<(String, &str), String> = HashMap::new();
+    let mut merged: HashMap<(String, &str, bool), String> = HashMap::new();
     let nodes = std::mem::take(&mut graph.node);
     let branches: HashMap<String, NodeProto> = nodes.iter().map(|n| (n.name().to_string(), n.clone())).collect();
     let mut rewritten = Vec::with_capacity(nodes.len());
@@ -96,7 +96,7 @@ fn rewrite(graph: &mut GraphProto, calls: &[Call], names: &mut Names) {
             let plain = node.is("MatMul")
                 || node.is("Gemm") && node.attr_i("transA", 0) == 0 && node.attr_f("alpha", 1.0) == 1.0;
             let selection = selection(call, &branches).filter(|_| plain)?;
-            let weight = merged.entry((weight.clone(), call.block)).or_insert_with(|| {
+            let weight = merged.entry((weight.clone(), call.block, trans_b)).or_insert_with(|| {
                 let mut merge = Merge { graph, nodes: &mut rewritten, names, sizes: call.sizes };
                 merge.weight(&weight, call.block, trans_b)
             });
