@@ -1,4 +1,4 @@
-//! Fine-tune ONNX files without PyTorch: [`inject`](inject) Bone adapters, [`train`](train) them, [`fold`](fold) them back.
+//! Fine-tune ONNX files without PyTorch: [`inject`] Bone adapters, [`train`] them, [`fold`] them back.
 //!
 //! Data flows one way, and each step reads and writes ordinary ONNX files:
 //!

@@ -23,11 +23,15 @@ pub(crate) fn replace(path: &Path, len: u64, fill: impl FnOnce(&mut File) -> Res
     // Where the name is a symbolic link, the file it points to is what gets replaced.
     let target: PathBuf = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
     let dir = if target.is_absolute() { parent(&target) } else { dir };
-    let temp = tempfile::Builder::new()
-        .prefix(".bone-onnx-")
-        .permissions(mode_for(&target))
-        .tempfile_in(&dir)
-        .map_err(Error::io("create a temporary file in", &dir))?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".bone-onnx-");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // What a new file gets; the kernel takes the umask off it.
+        builder.permissions(fs::Permissions::from_mode(0o666));
+    }
+    let temp = builder.tempfile_in(&dir).map_err(Error::io("create a temporary file in", &dir))?;
     reserve(temp.as_file(), len).map_err(Error::io("write", path))?;
     let mut file = temp.as_file().try_clone().map_err(Error::io("write", path))?;
     while_syncing(temp.as_file(), || fill(&mut file)).map_err(|e| e.at(path))?;
@@ -80,29 +84,6 @@ fn while_syncing(file: &File, fill: impl FnOnce() -> Result<(), RopeError>) -> R
     })
 }
 
-/// Fills a new directory under a temporary name and moves it to `path`, which must not exist or be a directory that
-/// an earlier call wrote (it is replaced).
-pub fn write_dir_atomic(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let dir = parent(path);
-    let temp = tempfile::Builder::new()
-        .prefix(".bone-onnx-")
-        .tempdir_in(&dir)
-        .map_err(Error::io("create a temporary directory in", &dir))?;
-    fill(temp.path())?;
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        let mode = fs::Permissions::from_mode(0o777 & !umask());
-        fs::set_permissions(temp.path(), mode).map_err(Error::io("set the mode of", path))?;
-    }
-    if path.exists() {
-        fs::remove_dir_all(path).map_err(Error::io("replace", path))?;
-    }
-    let temp = temp.keep();
-    fs::rename(&temp, path).map_err(Error::io("write", path))?;
-    sync_dir(&dir)
-}
-
 fn parent(path: &Path) -> PathBuf {
     match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p.to_path_buf(),
@@ -112,22 +93,4 @@ fn parent(path: &Path) -> PathBuf {
 
 fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("sync", dir))
-}
-
-#[cfg(unix)]
-fn mode_for(_target: &Path) -> fs::Permissions {
-    use std::os::unix::fs::PermissionsExt;
-    // The kernel takes the umask off this.
-    fs::Permissions::from_mode(0o666)
-}
-
-/// The process's umask, read from /proc where there is one (reading it through `umask(2)` would set it).
-#[cfg(unix)]
-fn umask() -> u32 {
-    fs::read_to_string("/proc/self/status")
-        .ok()
-        .and_then(|s| {
-            s.lines().find_map(|l| l.strip_prefix("Umask:").and_then(|v| u32::from_str_radix(v.trim(), 8).ok()))
-        })
-        .unwrap_or(0o022)
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::{ModelProto, NodeProto, walk_graphs};
+use super::{ModelProto, walk_graphs};
 
 /// Names taken in a model, in all scopes at once, so that a fresh name shadows nothing.
 #[derive(Debug, Default, Clone)]
@@ -37,11 +37,5 @@ impl Names {
             name = format!("{wanted}_{k}");
         }
         name
-    }
-
-    /// Takes the names of `node`.
-    pub fn take(&mut self, node: &NodeProto) {
-        self.0.extend(node.output.iter().cloned());
-        self.0.insert(node.name().to_string());
     }
 }

@@ -73,18 +73,6 @@ impl Rope {
         rope
     }
 
-    /// The whole as one buffer.
-    pub fn into_bytes(self) -> Result<Bytes, RopeError> {
-        let mut out = Vec::with_capacity(self.len);
-        for piece in self.pieces {
-            match piece {
-                Piece::Ready(bytes) => out.extend_from_slice(&bytes),
-                Piece::Due(due) => due.write_to(&mut out)?,
-            }
-        }
-        Ok(out.into())
-    }
-
     /// Writes everything at the file's position. `origin` is the file that `mapped` was read from: long slices of it
     /// go from file to file inside the kernel (a reflink where the file system has them), not through memory.
     pub fn write_to(self, out: &mut File, origin: Option<(&File, &Bytes)>) -> Result<(), RopeError> {

@@ -1,7 +1,7 @@
 //! Lifts a model to a newer operator set in memory (for training; never in a merged file).
 //!
 //! Most operators only gained types and defaults between versions; those whose spelling or meaning changed are in
-//! [`RULES`], after the changelog of the specification (`docs/Changelog.md`) and its version converter.
+//! `RULES`, after the changelog of the specification (`docs/Changelog.md`) and its version converter.
 
 use std::collections::{BTreeMap, HashSet};
 
