@@ -175,6 +175,7 @@ def measure(args):
         ("cp", ["cp", injected, copy], copy, False),
         ("cp + fsync", ["cp", injected, copy], copy, True),
         ("fold", fold, merged, False),
+        ("fold --no-sync", [*fold, "--no-sync"], merged, False),
         ("inject", again, Path(again[4]), False),
     ]
     times = {name: [] for name, *_ in cases}
@@ -189,7 +190,7 @@ def measure(args):
         sys.exit(f"whole_process: {merged} is {merged.stat().st_size} bytes, the base {base.stat().st_size}")
     version = subprocess.run([args.bin, "--version"], stdout=subprocess.PIPE, text=True).stdout.strip()
     sizes = f"{megabytes(injected.stat().st_size)}, {LAYERS} layers, r = {RANK}"
-    labels = {"fold": f"fold ({version})", "inject": f"inject ({version}; reads {megabytes(base.stat().st_size)})"}
+    labels = {"fold": f"fold ({version}), on the disk when it ends", "fold --no-sync": "fold --no-sync, which like cp does not wait", "inject": f"inject ({version}; reads {megabytes(base.stat().st_size)})"}
     labels["cp"] = f"cp ({sizes})"
     plain, synced = (statistics.median(times[name]) for name in ("cp", "cp + fsync"))
     rows = []

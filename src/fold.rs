@@ -13,8 +13,8 @@ use serde::Serialize;
 use crate::adapter::{AdapterRecord, Injection, bone};
 use crate::onnx::external::{self, Place};
 use crate::onnx::{
-    AttributeProto, Due, Model, Names, NewPlace, NewTensor, NodeProto, Patch, Rope, RopeError, Scope, Tensor,
-    TensorProto, copy_external, wire, write_atomic,
+    AttributeProto, Due, Durability, Model, Names, NewPlace, NewTensor, NodeProto, Patch, Rope, RopeError, Scope,
+    Tensor, TensorProto, copy_external, wire, write_atomic,
 };
 use crate::select::{self, Linear, Source};
 use crate::unload::strip;
@@ -27,6 +27,8 @@ pub struct FoldOptions {
     pub safe: bool,
     /// The adapters to merge, in this order; `None`: all, in the order they were injected.
     pub adapters: Option<Vec<String>>,
+    /// Whether to wait until the merged model is on the disk.
+    pub durability: Durability,
 }
 
 /// A finished fold, not yet written.
@@ -34,6 +36,7 @@ pub struct Folded {
     patch: Patch,
     /// Weights of the external file that the merged model gets, if it gets one.
     external: Vec<Due>,
+    durability: Durability,
     pub summary: FoldSummary,
 }
 
@@ -107,14 +110,14 @@ pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> 
         }
     }
     let external = merge.external;
-    Ok(Folded { patch, external, summary })
+    Ok(Folded { patch, external, durability: options.durability, summary })
 }
 
 impl Folded {
     /// Writes the merged model to `out` (which may be the injected model's own path).
     pub fn write(self, model: &Model, out: &Path) -> Result<FoldSummary> {
         let rope = model.patched(self.patch)?;
-        copy_external(model, &external::locations(model)?, out)?;
+        copy_external(model, &external::locations(model)?, out, self.durability)?;
         if !self.external.is_empty()
             && let Some(location) = data_location(model, out)
         {
@@ -123,9 +126,9 @@ impl Folded {
                 data.push(vec![0; (aligned(data.len() as u64) - data.len() as u64) as usize]);
                 data.push_due(value);
             }
-            write_atomic(&out.with_file_name(location), data, None)?;
+            write_atomic(&out.with_file_name(location), data, None, self.durability)?;
         }
-        model.write(rope, out)?;
+        model.write_as(rope, out, self.durability)?;
         Ok(self.summary)
     }
 }

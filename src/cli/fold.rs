@@ -7,7 +7,7 @@ use serde_json::json;
 use super::printer::Printer;
 use crate::Result;
 use crate::fold::{FoldOptions, fold};
-use crate::onnx::Model;
+use crate::onnx::{Durability, Model};
 
 /// Fold adapters into the weights: a plain ONNX file again
 #[derive(clap::Args)]
@@ -23,6 +23,10 @@ pub struct Args {
     #[arg(long)]
     safe_merge: bool,
 
+    /// Do not wait until the file is on the disk (as cp does not): quicker, but a power cut may lose it
+    #[arg(long)]
+    no_sync: bool,
+
     /// Merge only these adapters, in this order (comma-separated)
     #[arg(long, value_delimiter = ',')]
     adapter_names: Option<Vec<String>>,
@@ -30,7 +34,8 @@ pub struct Args {
 
 pub fn run(args: Args, printer: &Printer) -> Result<()> {
     let model = Model::open(&args.model)?;
-    let options = FoldOptions { safe: args.safe_merge, adapters: args.adapter_names };
+    let durability = if args.no_sync { Durability::Buffered } else { Durability::OnDisk };
+    let options = FoldOptions { safe: args.safe_merge, adapters: args.adapter_names, durability };
     let summary = fold(&model, &options, &args.output)?.write(&model, &args.output)?;
     printer.result(&json!({"output": args.output, "summary": summary}), |p| {
         p.line(&format!("{} layers merged", summary.merged.len() + summary.copied.len()));

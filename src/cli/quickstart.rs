@@ -12,7 +12,7 @@ use crate::adapter::{BoneConfig, TargetModules};
 use crate::engine::{self, Device, EngineKind, LoadOptions};
 use crate::fold::{FoldOptions, fold};
 use crate::inject::{InjectOptions, inject};
-use crate::onnx::{Model, Rope, Tensor, write_atomic};
+use crate::onnx::{Durability, Model, Rope, Tensor, write_atomic};
 use crate::train::data::read_arrays;
 use crate::train::{self, Loss, TrainOptions};
 use crate::verify::{Tolerance, compare};
@@ -45,7 +45,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
         let path = dir.join(name);
         let mut rope = Rope::default();
         rope.push(bytes);
-        write_atomic(&path, rope, None).map(|()| path)
+        write_atomic(&path, rope, None, Durability::OnDisk).map(|()| path)
     };
     let (base, data, test) =
         (put("digits.onnx", BASE)?, put("train.safetensors", TRAIN)?, put("test.safetensors", TEST)?);
@@ -77,7 +77,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     printer.say("3. fold: the blocks go into the weights");
     let trained = Model::open(run.join("injected.onnx"))?;
     let merged = dir.join("merged.onnx");
-    fold(&trained, &FoldOptions { safe: true, adapters: None }, &merged)?.write(&trained, &merged)?;
+    fold(&trained, &FoldOptions { safe: true, ..FoldOptions::default() }, &merged)?.write(&trained, &merged)?;
 
     printer.say("4. verify: merged = injected, and better than the base on 397 images that nobody trained on");
     let inputs = read_arrays(&test)?;

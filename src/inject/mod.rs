@@ -15,7 +15,9 @@ pub use head::HeadOptions;
 use crate::adapter::{
     AdapterRecord, BoneConfig, CallRecord, HeadRecord, Injection, MAX_SIZE, METADATA_KEY, TargetRecord, bone,
 };
-use crate::onnx::{DataType, Model, Names, Patch, Scope, Tensor, copy_external, external, value_info, wire};
+use crate::onnx::{
+    DataType, Durability, Model, Names, Patch, Scope, Tensor, copy_external, external, value_info, wire,
+};
 use crate::select::{self, Linear};
 use crate::{Error, Result};
 
@@ -151,7 +153,7 @@ pub fn inject(model: &Model, options: &InjectOptions) -> Result<Injected> {
 impl Injected {
     /// Writes the injected model to `out` (which may be the base's own path), with its external data beside it.
     pub fn write(self, model: &Model, out: &Path) -> Result<InjectSummary> {
-        copy_external(model, &external::locations(model)?, out)?;
+        copy_external(model, &external::locations(model)?, out, Durability::OnDisk)?;
         model.write(model.patched(self.patch)?, out)?;
         Ok(self.summary)
     }

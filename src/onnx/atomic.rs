@@ -9,13 +9,34 @@ use std::time::Duration;
 use super::rope::{Rope, RopeError};
 use crate::{Error, Result};
 
+/// When a file counts as written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Durability {
+    /// When it is on the disk: a power cut leaves the old file or the new one.
+    #[default]
+    OnDisk,
+    /// When the operating system has it, as for `cp`: a power cut may lose it. A killed process still leaves the old
+    /// file or the new one.
+    Buffered,
+}
+
 /// Writes `rope` to `path`. `origin` is the file (and its map) that the rope's slices come from.
-pub fn write_atomic(path: &Path, rope: Rope, origin: Option<(&File, &bytes::Bytes)>) -> Result<()> {
-    replace(path, rope.len() as u64, |file| rope.write_to(file, origin))
+pub fn write_atomic(
+    path: &Path,
+    rope: Rope,
+    origin: Option<(&File, &bytes::Bytes)>,
+    durability: Durability,
+) -> Result<()> {
+    replace(path, rope.len() as u64, durability, |file| rope.write_to(file, origin))
 }
 
 /// Opens a temp file beside `path`, lets `fill` write its `len` bytes, and moves it to `path` once it is safe on disk.
-pub(crate) fn replace(path: &Path, len: u64, fill: impl FnOnce(&mut File) -> Result<(), RopeError>) -> Result<()> {
+pub(crate) fn replace(
+    path: &Path,
+    len: u64,
+    durability: Durability,
+    fill: impl FnOnce(&mut File) -> Result<(), RopeError>,
+) -> Result<()> {
     let dir = parent(path);
     if path.is_dir() {
         return Err(Error::config(format!("{}: this is a directory; name a file", path.display())));
@@ -34,13 +55,19 @@ pub(crate) fn replace(path: &Path, len: u64, fill: impl FnOnce(&mut File) -> Res
     let temp = builder.tempfile_in(&dir).map_err(Error::io("create a temporary file in", &dir))?;
     reserve(temp.as_file(), len).map_err(Error::io("write", path))?;
     let mut file = temp.as_file().try_clone().map_err(Error::io("write", path))?;
-    while_syncing(temp.as_file(), || fill(&mut file)).map_err(|e| e.at(path))?;
+    match durability {
+        Durability::OnDisk => while_syncing(temp.as_file(), || fill(&mut file)),
+        Durability::Buffered => fill(&mut file),
+    }
+    .map_err(|e| e.at(path))?;
     if let Ok(old) = fs::metadata(&target) {
         temp.as_file().set_permissions(old.permissions()).map_err(Error::io("set the mode of", path))?;
     }
-    temp.as_file().sync_all().map_err(Error::io("write", path))?;
+    if durability == Durability::OnDisk {
+        temp.as_file().sync_all().map_err(Error::io("write", path))?;
+    }
     temp.persist(&target).map_err(|e| Error::io("write", path)(e.error))?;
-    sync_dir(&dir)
+    if durability == Durability::OnDisk { sync_dir(&dir) } else { Ok(()) }
 }
 
 /// Has the file system set the space aside: a full disk shows before the work is done, and the writing is quicker.

@@ -12,7 +12,7 @@ use bytes::Bytes;
 
 use super::proto::StringStringEntryProto;
 use super::proto::tensor_proto::DataLocation;
-use super::{Model, TensorProto, walk_graphs};
+use super::{Durability, Model, TensorProto, walk_graphs};
 use crate::{Error, Result};
 
 /// The external files of one model, mapped when first asked for.
@@ -146,7 +146,7 @@ pub fn locations(model: &Model) -> Result<Vec<String>> {
 
 /// Copies the external files in `locations` beside `out`, under the names the model calls them by. Nothing is done
 /// where they already are those files. A file that is there and is not known to belong to `out` is not overwritten.
-pub fn copy_external(model: &Model, locations: &[String], out: &Path) -> Result<()> {
+pub fn copy_external(model: &Model, locations: &[String], out: &Path, durability: Durability) -> Result<()> {
     let dir = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     for location in locations {
         let from = model
@@ -170,7 +170,7 @@ pub fn copy_external(model: &Model, locations: &[String], out: &Path) -> Result<
         }
         let mut source = File::open(&from).map_err(Error::io("read", &from))?;
         let len = source.metadata().map_err(Error::io("read", &from))?.len();
-        super::atomic::replace(&to, len, |file| Ok(std::io::copy(&mut source, file).map(|_| ())?))?;
+        super::atomic::replace(&to, len, durability, |file| Ok(std::io::copy(&mut source, file).map(|_| ())?))?;
     }
     Ok(())
 }

@@ -17,7 +17,7 @@ mod tensor;
 pub mod upgrade;
 pub mod wire;
 
-pub use atomic::write_atomic;
+pub use atomic::{Durability, write_atomic};
 pub use build::{constant_i64, node, value_info};
 pub use external::{ExternalData, copy_external};
 pub use model::{Model, walk_graphs};

@@ -8,7 +8,7 @@ use prost::Message;
 
 use super::external::{self, ExternalData, map_file};
 use super::tensor::{proto_dims, proto_type};
-use super::{GraphProto, ModelProto, Patch, Rope, Scope, Tensor, TensorProto};
+use super::{Durability, GraphProto, ModelProto, Patch, Rope, Scope, Tensor, TensorProto};
 use crate::{Error, Result};
 
 /// An ONNX file, read without copying a weight.
@@ -173,11 +173,16 @@ impl Model {
 
     /// Writes `rope` (made by [`Model::patched`]) to `path`, whole or not at all. `path` may be this model's own.
     pub fn write(&self, rope: Rope, path: &Path) -> Result<()> {
+        self.write_as(rope, path, Durability::OnDisk)
+    }
+
+    /// As [`Model::write`], waiting for the disk or not.
+    pub fn write_as(&self, rope: Rope, path: &Path, durability: Durability) -> Result<()> {
         let origin = File::open(&self.path).ok().filter(|f| {
             // Only while the path still names the file that was mapped can the kernel copy from it.
             f.metadata().is_ok_and(|m| m.len() == self.source.len() as u64)
         });
-        super::write_atomic(path, rope, origin.as_ref().map(|f| (f, &self.source)))
+        super::write_atomic(path, rope, origin.as_ref().map(|f| (f, &self.source)), durability)
     }
 }
 

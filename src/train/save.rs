@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 
 use super::graph::Parameter;
 use crate::adapter::{AdapterRecord, Injection, TargetModules};
-use crate::onnx::Due;
-use crate::onnx::{Model, NewPlace, Patch, Rope, Scope, Tensor, copy_external, external, write_atomic};
+use crate::onnx::{
+    Due, Durability, Model, NewPlace, Patch, Rope, Scope, Tensor, copy_external, external, write_atomic,
+};
 use crate::{Error, Result};
 
 /// Writes `injected` with the parameters' values to `path`, and the external files it names beside it.
@@ -23,7 +24,7 @@ pub(super) fn injected(model: &Model, parameters: &[Parameter], path: &Path) -> 
         let due = Due { len: bytes.len(), write: Box::new(move |out| Ok(out.write_all(&bytes)?)) };
         graph.replace_values.insert(parameter.index, NewPlace::Inline(due));
     }
-    copy_external(model, &external::locations(model)?, path)?;
+    copy_external(model, &external::locations(model)?, path, Durability::OnDisk)?;
     model.write(model.patched(patch)?, path)
 }
 
@@ -55,7 +56,7 @@ pub(super) fn labels(names: &[String], path: &Path) -> Result<()> {
 pub(super) fn file(path: &Path, bytes: Vec<u8>) -> Result<()> {
     let mut rope = Rope::default();
     rope.push(bytes);
-    write_atomic(path, rope, None)
+    write_atomic(path, rope, None, Durability::OnDisk)
 }
 
 fn adapter_dir(adapter: &AdapterRecord, dir: &Path) -> Result<PathBuf> {

@@ -155,7 +155,7 @@ fn check(case: &str, order: &str, gemm: bool, adapters: &[(String, usize)], get:
 
     // PEFT cannot merge r > in; there the formula is checked against the injected model's output.
     let merged = dir.path().join("merged.onnx");
-    fold(&model, &FoldOptions { safe: true, adapters: None }, &merged)
+    fold(&model, &FoldOptions { safe: true, ..FoldOptions::default() }, &merged)
         .and_then(|f| f.write(&model, &merged))
         .expect("a fold");
     let folded = run(&merged, &inputs);

@@ -71,7 +71,7 @@ fn folded_models_compute_what_the_injected_ones_do() {
             inject(&base, &all_linear(InitWeights::Random)).and_then(|i| i.write(&base, &injected)).expect(&case.name);
         assert!(!summary.targets.is_empty());
         let model = Model::open(&injected).expect("a model");
-        fold(&model, &FoldOptions { safe: true, adapters: None }, &merged)
+        fold(&model, &FoldOptions { safe: true, ..FoldOptions::default() }, &merged)
             .and_then(|f| f.write(&model, &merged))
             .expect(&case.name);
         let (base, a, b) = (run(&case.path, &case.inputs), run(&injected, &case.inputs), run(&merged, &case.inputs));

@@ -287,7 +287,7 @@ fn invariant_3_folding_keeps_what_the_injected_model_computes() {
         write(&first, inject(&first, &more).expect("a second adapter").patch, &dir.join("injected.onnx"));
         let injected = Model::open(dir.join("injected.onnx")).expect("a model");
         let merged = dir.join("merged.onnx");
-        let summary = fold(&injected, &FoldOptions { safe: true, adapters: None }, &merged)
+        let summary = fold(&injected, &FoldOptions { safe: true, ..FoldOptions::default() }, &merged)
             .and_then(|f| f.write(&injected, &merged))
             .expect("a fold");
         assert_eq!(summary.merged.len() + summary.copied.len(), plan.layers.len());
@@ -334,8 +334,8 @@ fn invariant_9_a_refused_fold_leaves_everything_as_it_was() {
 
         let model = Model::open(&path).expect("a model");
         let out = dir.join("out.onnx");
-        let refused =
-            fold(&model, &FoldOptions { safe: true, adapters: None }, &out).and_then(|f| f.write(&model, &out));
+        let refused = fold(&model, &FoldOptions { safe: true, ..FoldOptions::default() }, &out)
+            .and_then(|f| f.write(&model, &out));
         let message = refused.expect_err("a refusal").to_string();
         assert!(message.contains("default") && message.contains("block."), "{message}");
         assert_eq!(std::fs::read(&out).expect("a file"), b"precious");
