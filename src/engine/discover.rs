@@ -11,9 +11,14 @@ use serde::Serialize;
 use super::{Device, onnxruntime};
 use crate::Result;
 
-/// Said where no library is found.
-pub(super) const NONE_FOUND: &str = "no usable libonnxruntime was found; install it with `pip install onnxruntime`, \
-     or set ORT_DYLIB_PATH to the library's path (`bone-onnx doctor` lists where it was looked for)";
+/// Said where no library is found for `device`.
+pub(super) fn none_found(device: Device) -> String {
+    let package = if device == Device::Cpu { "onnxruntime" } else { "onnxruntime-gpu" };
+    format!(
+        "no usable libonnxruntime was found; install it with `pip install {package}`, or set ORT_DYLIB_PATH to the \
+         library's path (`bone-onnx doctor` lists where it was looked for)"
+    )
+}
 
 /// A library that was found, and whether it can be used.
 #[derive(Debug, Clone, Serialize)]

@@ -126,7 +126,7 @@ fn open_in(places: &Places, kind: EngineKind, device: Device) -> Result<Box<dyn 
     match discover::pick(places, device)? {
         Some(library) => Ok(Box::new(OnnxRuntime::open(&library.path, device)?)),
         None if kind == EngineKind::Auto && device == Device::Cpu => Ok(Box::new(Tract)),
-        None => Err(onnxruntime::error(discover::NONE_FOUND)),
+        None => Err(onnxruntime::error(discover::none_found(device))),
     }
 }
 
