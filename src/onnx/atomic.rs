@@ -44,6 +44,13 @@ pub(crate) fn replace(
     // Where the name is a symbolic link, the file it points to is what gets replaced.
     let target: PathBuf = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
     let dir = if target.is_absolute() { parent(&target) } else { dir };
+    if !dir.is_dir() {
+        return Err(Error::config(format!(
+            "{}: there is no directory {}; make it first",
+            path.display(),
+            dir.display()
+        )));
+    }
     let mut builder = tempfile::Builder::new();
     builder.prefix(".bone-onnx-");
     #[cfg(unix)]
@@ -52,7 +59,7 @@ pub(crate) fn replace(
         // What a new file gets; the kernel takes the umask off it.
         builder.permissions(fs::Permissions::from_mode(0o666));
     }
-    let temp = builder.tempfile_in(&dir).map_err(Error::io("create a temporary file in", &dir))?;
+    let temp = builder.tempfile_in(&dir).map_err(Error::io("write to", &dir))?;
     reserve(temp.as_file(), len).map_err(Error::io("write", path))?;
     let mut file = temp.as_file().try_clone().map_err(Error::io("write", path))?;
     match durability {
