@@ -103,12 +103,12 @@ fn while_syncing(file: &File, fill: impl FnOnce() -> Result<(), RopeError>) -> R
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let syncing = scope.spawn(|| {
-            // Small files are written before the first look.
-            std::thread::park_timeout(Duration::from_millis(20));
+            // A small file is written before the first look.
+            std::thread::park_timeout(Duration::from_millis(2));
             while !done.load(Ordering::Acquire) {
                 // A failure shows again in the last sync, which is checked.
                 let _ = file.sync_data();
-                std::thread::park_timeout(Duration::from_millis(5));
+                std::thread::park_timeout(Duration::from_millis(1));
             }
         });
         let result = fill();
