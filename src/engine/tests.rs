@@ -29,8 +29,7 @@ fn load(kind: EngineKind, model: &ModelProto, optimize: bool) -> Result<Box<dyn 
 }
 
 fn shared(name: &str) -> PathBuf {
-    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared").join(name);
-    let path = if beside.exists() { beside } else { Path::new("/work/shared").join(name) };
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared").join(name);
     assert!(path.exists(), "{} is missing", path.display());
     path
 }

@@ -10,11 +10,9 @@ use bone_onnx::fold::{FoldOptions, fold};
 use bone_onnx::inject::{InjectOptions, inject};
 use bone_onnx::onnx::{Model, Tensor, TensorProto};
 
-/// `../shared` beside the checkout (beside /work where the checkout is a second work tree).
+/// A file of `../shared`, beside the checkout.
 pub fn shared(path: &str) -> PathBuf {
-    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
-    let root = if beside.is_dir() { beside } else { Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared") };
-    let path = root.join(path);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared").join(path);
     assert!(path.exists(), "{} is missing", path.display());
     path
 }
