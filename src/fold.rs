@@ -77,7 +77,7 @@ pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> 
     let adapters = chosen(&record, options)?;
     let mut patch = strip(model, &record, true)?;
     let linears = select::linears(model);
-    let layers = layers(model, &adapters, &linears)?;
+    let layers = layers(model, &record, &adapters, &linears)?;
 
     // How many of a stored weight's readers are adapted.
     let mut ours: HashMap<&Source, usize> = HashMap::new();
@@ -164,7 +164,12 @@ fn chosen<'a>(record: &'a Injection, options: &FoldOptions) -> Result<Vec<&'a Ad
 }
 
 /// The adapted layers, each with the blocks of all adapters that sit on it, in the adapters' order.
-fn layers<'a>(model: &Model, adapters: &[&'a AdapterRecord], linears: &'a [Linear]) -> Result<Vec<Layer<'a>>> {
+fn layers<'a>(
+    model: &Model,
+    record: &'a Injection,
+    adapters: &[&'a AdapterRecord],
+    linears: &'a [Linear],
+) -> Result<Vec<Layer<'a>>> {
     let graph = model.graph();
     let mut layers: Vec<Layer> = Vec::new();
     for adapter in adapters {
@@ -195,7 +200,7 @@ fn layers<'a>(model: &Model, adapters: &[&'a AdapterRecord], linears: &'a [Linea
             };
             let block = Block { adapter: adapter.name.clone(), values: Arc::new(values) };
             // The adapted node is the one at the start of the chain of renamed outputs.
-            let base_outputs = chain_starts(adapters, target.calls.iter().map(|c| c.base_output.as_str()));
+            let base_outputs = chain_starts(record, target.calls.iter().map(|c| c.base_output.as_str()));
             let calls: Vec<&Linear> = linears
                 .iter()
                 .filter(|l| {
@@ -220,9 +225,10 @@ fn layers<'a>(model: &Model, adapters: &[&'a AdapterRecord], linears: &'a [Linea
     Ok(layers)
 }
 
-/// The outputs of the base nodes behind `outputs`: where a later adapter renamed the same node again, its last name.
-fn chain_starts<'a>(adapters: &[&'a AdapterRecord], outputs: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
-    let calls: Vec<_> = adapters.iter().flat_map(|a| &a.targets).flat_map(|t| &t.calls).collect();
+/// The outputs of the base nodes behind `outputs`: where a later adapter (to be merged or not) renamed the same node
+/// again, its last name.
+fn chain_starts<'a>(record: &'a Injection, outputs: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let calls: Vec<_> = record.adapters.iter().flat_map(|a| &a.targets).flat_map(|t| &t.calls).collect();
     outputs
         .map(|mut name| {
             while let Some(later) = calls.iter().find(|c| c.output == name) {
@@ -250,7 +256,7 @@ impl Merge<'_> {
         match &linear.weight.source {
             Source::Initializer { scope, index } => {
                 let tensor = &self.graph(scope)?.initializer[*index];
-                let value = self.value(layer, tensor)?;
+                let value = self.value(layer, linear, tensor)?;
                 let place = if external::is_external(tensor) { self.external(value)? } else { NewPlace::Inline(value) };
                 self.patch.graph(scope).replace_values.insert(*index, place);
             }
@@ -258,7 +264,7 @@ impl Merge<'_> {
                 let mut constant: NodeProto = self.graph(scope)?.node[*node].clone();
                 let tensor = constant.attribute.iter_mut().find_map(|a: &mut AttributeProto| a.t.as_mut());
                 let tensor = tensor.ok_or_else(|| Error::model("a Constant node lost its tensor"))?;
-                let value = self.value(layer, tensor)?;
+                let value = self.value(layer, linear, tensor)?;
                 let mut bytes = Vec::with_capacity(value.len);
                 (value.write)(&mut bytes).map_err(|e| e.at(&self.model.path))?;
                 tensor.raw_data = Some(bytes.into());
@@ -304,7 +310,7 @@ impl Merge<'_> {
                 tensor.ok_or_else(|| Error::model("a Constant node lost its tensor"))?
             }
         };
-        let mut value = self.value(layer, &tensor)?;
+        let mut value = self.value(layer, linear, &tensor)?;
         let (rows, columns) = if linear.is_stored_out_in() {
             (linear.out_features, linear.in_features)
         } else {
@@ -345,9 +351,8 @@ impl Merge<'_> {
         self.model.graph_at(scope).ok_or_else(|| Error::model("a subgraph is gone"))
     }
 
-    /// The merged value of `tensor`, to be made when it is written, a few rows at a time.
-    fn value(&self, layer: &Layer, tensor: &TensorProto) -> Result<Due> {
-        let linear = layer.calls[0];
+    /// The merged value of `tensor` as `linear` multiplies by it, to be made when it is written, a few rows at a time.
+    fn value(&self, layer: &Layer, linear: &Linear, tensor: &TensorProto) -> Result<Due> {
         let stored_out_in = linear.is_stored_out_in();
         let row_len = if stored_out_in { linear.in_features } else { linear.out_features };
         let weight: Bytes = self.model.tensor_bytes(tensor)?;

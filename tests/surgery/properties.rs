@@ -305,6 +305,60 @@ fn invariant_3_folding_keeps_what_the_injected_model_computes() {
 }
 
 #[test]
+fn folding_one_of_two_adapters_is_injecting_that_one_alone() {
+    on_models(30, |plan, dir| {
+        let base = Model::open(dir.join("base.onnx")).expect("the base");
+        let named = |name: &str, seed| InjectOptions {
+            adapter_name: name.into(),
+            seed,
+            ..options(plan.r, InitWeights::Random)
+        };
+        let both = dir.join("both.onnx");
+        write(&base, inject(&base, &named("first", 1)).expect("an adapter").patch, &both);
+        let model = Model::open(&both).expect("a model");
+        write(&model, inject(&model, &named("second", 2)).expect("an adapter").patch, &both);
+        let model = Model::open(&both).expect("a model");
+        for (name, seed) in [("first", 1), ("second", 2)] {
+            let (alone, merged) = (dir.join("alone.onnx"), dir.join("merged.onnx"));
+            write(&base, inject(&base, &named(name, seed)).expect("an adapter").patch, &alone);
+            let chosen = FoldOptions { safe: true, adapters: Some(vec![name.into()]), ..FoldOptions::default() };
+            fold(&model, &chosen, &merged).and_then(|f| f.write(&model, &merged)).expect("a fold");
+            let inputs = inputs(plan);
+            let (a, b) = (run(&alone, &inputs), run(&merged, &inputs));
+            assert!(worst(&a[0], &b[0]) <= 1e-5, "{name}: off by {}", worst(&a[0], &b[0]));
+        }
+    });
+}
+
+#[test]
+fn two_calls_of_one_module_with_different_alpha_fold_right() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let square = |scale: f32| Tensor::new::<f32>(&[3, 3], (0..9).map(|i| (i as f32 - 4.0) * scale).collect());
+    let mut graph = GraphProto { name: Some("twice".into()), ..Default::default() };
+    graph.input.push(value_info("x", DataType::Float, &["n", "3"]));
+    graph.output.push(value_info("z", DataType::Float, &["n", "3"]));
+    graph.initializer.push(square(0.1).to_proto("lin.weight"));
+    for (x, y, name, alpha) in [("x", "y", "/lin/Gemm", 0.5), ("y", "z", "/lin_1/Gemm_1", 2.0)] {
+        let mut gemm = node("Gemm", &[x, "lin.weight"], &[y]);
+        gemm.attribute = vec![AttributeProto::float("alpha", alpha)];
+        gemm.name = Some(name.into());
+        graph.node.push(gemm);
+    }
+    let opset_import = vec![OperatorSetIdProto { domain: None, version: Some(17) }];
+    let proto = ModelProto { ir_version: Some(8), opset_import, graph: Some(graph), ..Default::default() };
+    let (base, injected, merged) =
+        (dir.path().join("base.onnx"), dir.path().join("injected.onnx"), dir.path().join("merged.onnx"));
+    std::fs::write(&base, proto.encode_to_vec()).expect("a file");
+    let model = Model::open(&base).expect("the base");
+    write(&model, inject(&model, &options(2, InitWeights::Random)).expect("an injection").patch, &injected);
+    let model = Model::open(&injected).expect("a model");
+    fold(&model, &FoldOptions::default(), &merged).and_then(|f| f.write(&model, &merged)).expect("a fold");
+    let inputs = BTreeMap::from([("x".to_string(), square(0.3))]);
+    let (a, b) = (run(&injected, &inputs), run(&merged, &inputs));
+    assert!(worst(&a[0], &b[0]) <= 1e-5, "off by {}", worst(&a[0], &b[0]));
+}
+
+#[test]
 fn invariant_9_an_output_is_whole_or_not_there_and_may_be_the_input() {
     on_models(30, |plan, dir| {
         let path = dir.join("base.onnx");
