@@ -14,7 +14,7 @@ use crate::adapter::{AdapterRecord, Injection, bone};
 use crate::onnx::external::{self, Place};
 use crate::onnx::{
     AttributeProto, Due, Durability, Model, Names, NewPlace, NewTensor, NodeProto, Patch, Rope, RopeError, Scope,
-    Tensor, TensorProto, copy_external, wire, write_atomic,
+    Tensor, TensorProto, copy_external, write_atomic,
 };
 use crate::select::{self, Linear, Source};
 use crate::unload::strip;
@@ -90,9 +90,8 @@ pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> 
         head: record.head.as_ref().map(|h| h.name.clone()),
         ..FoldSummary::default()
     };
-    let mut merge =
-        Merge { model, safe: options.safe, patch: &mut patch, external: Vec::new(), location: None, end: 0 };
-    merge.location = data_location(model, out);
+    let location = data_location(model, out);
+    let mut merge = Merge { model, safe: options.safe, patch: &mut patch, external: Vec::new(), location, end: 0 };
 
     // Weights whose every reader is adapted can change in place, once: for the first module that reads them.
     let mut taken: HashSet<&Source> = HashSet::new();
@@ -290,13 +289,7 @@ impl Merge<'_> {
                     name
                 }
             };
-            let replaced = &mut self.patch.graph(&linear.scope).replace_nodes;
-            let bytes = match replaced.remove(&linear.node) {
-                Some(bytes) => bytes,
-                None => self.model.node_bytes(&linear.scope, linear.node)?,
-            };
-            let rewired = wire::with_string(&bytes, 1, 1, &name).map_err(|e| Error::file(&self.model.path, e))?;
-            replaced.insert(linear.node, rewired);
+            self.patch.graph(&linear.scope).rename_input(linear.node, 1, &name);
         }
         Ok(())
     }

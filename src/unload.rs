@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use crate::Error;
 use crate::Result;
 use crate::adapter::{Injection, METADATA_KEY};
-use crate::onnx::{Model, Patch, walk_graphs, wire};
+use crate::onnx::{Model, Patch, walk_graphs};
 
 /// The changes that give back the base of an injected model.
 ///
@@ -36,7 +36,6 @@ pub(crate) fn strip(model: &Model, record: &Injection, keep_head: bool) -> Resul
 
     let mut patch = Patch::default();
     let mut found = 0;
-    let mut failure = None;
     walk_graphs(model.graph(), &mut |scope, graph| {
         for (index, node) in graph.node.iter().enumerate() {
             if nodes.contains(node.name()) {
@@ -50,18 +49,9 @@ pub(crate) fn strip(model: &Model, record: &Injection, keep_head: bool) -> Resul
                 found += 1;
                 original = earlier;
             }
-            let renamed = model
-                .node_bytes(scope, index)
-                .and_then(|bytes| wire::with_string(&bytes, 2, 0, original).map_err(|e| Error::file(&model.path, e)));
-            match renamed {
-                Ok(bytes) => drop(patch.graph(scope).replace_nodes.insert(index, bytes)),
-                Err(e) => failure = Some(e),
-            }
+            patch.graph(scope).rename_output(index, 0, original);
         }
     });
-    if let Some(e) = failure {
-        return Err(e);
-    }
     let main = patch.graph(&Vec::new());
     let graph = model.graph();
     let position = |names: &mut dyn Iterator<Item = &str>, set: &HashSet<&str>| -> Vec<usize> {

@@ -14,6 +14,7 @@ use crate::fold::{FoldOptions, fold};
 use crate::inject::{InjectOptions, inject};
 use crate::onnx::{Durability, Model, Rope, Tensor, write_atomic};
 use crate::train::data::read_arrays;
+use crate::train::evaluate::hits;
 use crate::train::{self, Loss, TrainOptions};
 use crate::verify::{Tolerance, compare};
 use crate::{Error, Result};
@@ -89,7 +90,8 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
         let given: Vec<(&str, &Tensor)> =
             inputs.iter().filter(|(n, _)| *n == "pixels").map(|(n, t)| (n.as_str(), t)).collect();
         let logits = session.run(&given, &["logits"])?;
-        Ok(hits(&logits[0], &inputs["labels"]))
+        let (right, count) = hits(&logits[0], &inputs["labels"])?;
+        Ok(right as f64 / count as f64)
     };
     let (before, after) = (accuracy(&model)?, accuracy(&merged_model)?);
     let seconds = start.elapsed().as_secs_f64();
@@ -140,15 +142,4 @@ fn files(dir: &Path) -> [(PathBuf, &'static str); 5] {
         (dir.join("merged.onnx"), "folded: serve this one"),
         (dir.join("run/loss.svg"), "the loss curve"),
     ]
-}
-
-/// Share of rows whose largest logit is at the label.
-fn hits(logits: &Tensor, labels: &Tensor) -> f64 {
-    let (Some(logits), Some(labels)) = (logits.values::<f32>(), labels.values::<i64>()) else { return 0.0 };
-    let classes = logits.len() / labels.len().max(1);
-    let right = logits.chunks(classes.max(1)).zip(labels).filter(|(row, label)| {
-        let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i as i64);
-        best == Some(**label)
-    });
-    right.count() as f64 / labels.len().max(1) as f64
 }

@@ -15,9 +15,7 @@ pub use head::HeadOptions;
 use crate::adapter::{
     AdapterRecord, BoneConfig, CallRecord, HeadRecord, Injection, MAX_SIZE, METADATA_KEY, TargetRecord, bone,
 };
-use crate::onnx::{
-    DataType, Durability, Model, Names, Patch, Scope, Tensor, copy_external, external, value_info, wire,
-};
+use crate::onnx::{DataType, Durability, Model, Names, Patch, Scope, Tensor, copy_external, external, value_info};
 use crate::select::{self, Linear};
 use crate::{Error, Result};
 
@@ -228,9 +226,7 @@ fn adapt(
                 nodes: nodes.iter().map(|n| n.name().to_string()).collect(),
             });
             let graph = patch.graph(&linear.scope);
-            let bytes = model.node_bytes(&linear.scope, linear.node)?;
-            let renamed = wire::with_string(&bytes, 2, 0, &base_output).map_err(|e| Error::file(&model.path, e))?;
-            graph.replace_nodes.insert(linear.node, renamed);
+            graph.rename_output(linear.node, 0, &base_output);
             graph.insert_after.insert(linear.node, nodes);
         }
         record.targets.push(target);

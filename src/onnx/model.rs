@@ -74,26 +74,6 @@ impl Model {
         })
     }
 
-    /// The bytes of a node as they stand in the file.
-    pub fn node_bytes(&self, scope: &Scope, index: usize) -> Result<Bytes> {
-        self.find_node_bytes(scope, index)
-            .map_err(|what| Error::file(&self.path, format!("node {index} of graph {scope:?}: {what}")))
-    }
-
-    fn find_node_bytes(&self, scope: &Scope, index: usize) -> Result<Bytes, String> {
-        use super::patch::{ATTRIBUTE_GRAPH, GRAPH_NODE, MODEL_GRAPH, NODE_ATTRIBUTE};
-        let nth = |message: &Bytes, field: u32, n: usize| {
-            let found = super::wire::records(message)?.into_iter().filter(|r| r.field == field).nth(n);
-            found.map(|r| r.body).ok_or_else(|| format!("there is no occurrence {n} of field {field}"))
-        };
-        let mut graph = nth(&self.source, MODEL_GRAPH, 0)?;
-        for (node, attribute) in scope {
-            let node = nth(&graph, GRAPH_NODE, *node)?;
-            graph = nth(&nth(&node, NODE_ATTRIBUTE, *attribute)?, ATTRIBUTE_GRAPH, 0)?;
-        }
-        nth(&graph, GRAPH_NODE, index)
-    }
-
     /// Value of a metadata property of the model.
     pub fn metadata(&self, key: &str) -> Option<&str> {
         self.proto.metadata_props.iter().find(|p| p.key() == key).map(|p| p.value())

@@ -19,12 +19,14 @@ pub type Scope = Vec<(usize, usize)>;
 // Field numbers of onnx-ml.proto.
 pub(super) const MODEL_GRAPH: u32 = 7;
 const MODEL_METADATA: u32 = 14;
-pub(super) const GRAPH_NODE: u32 = 1;
+const GRAPH_NODE: u32 = 1;
 const GRAPH_INITIALIZER: u32 = 5;
 const GRAPH_INPUT: u32 = 11;
 const GRAPH_OUTPUT: u32 = 12;
-pub(super) const NODE_ATTRIBUTE: u32 = 5;
-pub(super) const ATTRIBUTE_GRAPH: u32 = 6;
+const NODE_INPUT: u32 = 1;
+const NODE_OUTPUT: u32 = 2;
+const NODE_ATTRIBUTE: u32 = 5;
+const ATTRIBUTE_GRAPH: u32 = 6;
 const TENSOR_RAW_DATA: u32 = 9;
 /// Fields of TensorProto that hold a value: float/int32/string/int64 data, raw data, double/uint64 data, external.
 const TENSOR_VALUES: [u32; 9] = [4, 5, 6, 7, 9, 10, 11, 13, 14];
@@ -42,6 +44,8 @@ pub struct Patch {
 pub struct GraphPatch {
     /// New bytes of a node.
     pub replace_nodes: BTreeMap<usize, Bytes>,
+    /// New names of inputs and outputs of a node, whose other bytes stay as they are.
+    renames: BTreeMap<usize, Vec<(u32, usize, String)>>,
     pub drop_nodes: BTreeSet<usize>,
     /// New nodes right after the one with this index.
     pub insert_after: BTreeMap<usize, Vec<NodeProto>>,
@@ -76,6 +80,18 @@ impl From<TensorProto> for NewTensor {
     /// A tensor whose value is at hand.
     fn from(header: TensorProto) -> Self {
         Self { header, value: None }
+    }
+}
+
+impl GraphPatch {
+    /// Node `node` reads `name` as its input `nth`.
+    pub fn rename_input(&mut self, node: usize, nth: usize, name: &str) {
+        self.renames.entry(node).or_default().push((NODE_INPUT, nth, name.into()));
+    }
+
+    /// Output `nth` of node `node` is called `name`.
+    pub fn rename_output(&mut self, node: usize, nth: usize, name: &str) {
+        self.renames.entry(node).or_default().push((NODE_OUTPUT, nth, name.into()));
     }
 }
 
@@ -191,7 +207,10 @@ impl Patch {
         if patch.drop_nodes.contains(&index) {
             return Ok(());
         }
-        let body = patch.replace_nodes.remove(&index);
+        let mut body = patch.replace_nodes.remove(&index);
+        for (field, nth, name) in patch.renames.remove(&index).unwrap_or_default() {
+            body = Some(wire::with_string(body.as_ref().unwrap_or(&record.body), field, nth, &name)?);
+        }
         let depth = scope.len();
         let changed_below =
             self.graphs.keys().any(|s| s.len() > depth && s[..depth] == scope[..] && s[depth].0 == index);

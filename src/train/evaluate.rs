@@ -39,7 +39,7 @@ pub(super) fn evaluate(
 }
 
 /// How many labels have the highest score (the first one where several are equal), and how many count at all.
-fn hits(scores: &Tensor, labels: &Tensor) -> Result<(usize, usize)> {
+pub(crate) fn hits(scores: &Tensor, labels: &Tensor) -> Result<(usize, usize)> {
     let (Some(scores_of_all), Some(labels)) = (scores.values::<f32>(), labels.values::<i64>()) else {
         return Err(Error::model("accuracy needs float32 scores in one piece"));
     };

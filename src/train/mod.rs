@@ -6,7 +6,7 @@
 
 mod curve;
 pub mod data;
-mod evaluate;
+pub(crate) mod evaluate;
 mod form;
 pub mod graph;
 mod loss;
