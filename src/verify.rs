@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::autodiff::{Request, Seed, gradient};
 use crate::engine::{Engine, LoadOptions};
-use crate::onnx::proto::{OperatorSetIdProto, tensor_shape_proto::dimension::Value as DimValue, type_proto};
+use crate::onnx::proto::{OperatorSetIdProto, tensor_shape_proto::dimension::Value as DimValue};
 use crate::onnx::{
     AttributeProto, DataType, GraphProto, Model, ModelProto, Tensor, ValueInfoProto, data_type_name, node, value_info,
 };
@@ -205,13 +205,9 @@ fn integers(model: &Model, name: &str, len: usize, rng: &mut ChaCha8Rng) -> Resu
 }
 
 fn declared(info: &ValueInfoProto) -> Option<(DataType, Vec<Option<DimValue>>)> {
-    match &info.r#type.as_ref()?.value {
-        Some(type_proto::Value::TensorType(t)) => {
-            let dims = t.shape.as_ref().map(|s| s.dim.iter().map(|d| d.value.clone()).collect()).unwrap_or_default();
-            Some((DataType::try_from(t.elem_type()).ok()?, dims))
-        }
-        _ => None,
-    }
+    let tensor = info.tensor()?;
+    let dims = tensor.shape.as_ref().map(|s| s.dim.iter().map(|d| d.value.clone()).collect()).unwrap_or_default();
+    Some((DataType::try_from(tensor.elem_type()).ok()?, dims))
 }
 
 /// Does `engine` compute a gradient graph right? The gradient of a small network (product, tanh, softmax) by its weight,

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::printer::Printer;
 use crate::Result;
 use crate::adapter::Injection;
-use crate::onnx::proto::{tensor_shape_proto::dimension::Value as DimValue, type_proto};
+use crate::onnx::proto::tensor_shape_proto::dimension::Value as DimValue;
 use crate::onnx::{DataType, Model, Scope, ValueInfoProto, data_type_name};
 use crate::select::{self, NameRule};
 
@@ -159,10 +159,7 @@ fn adapters(record: &Injection) -> Vec<Value> {
 }
 
 fn port(info: &ValueInfoProto) -> Port {
-    let tensor = info.r#type.as_ref().and_then(|t| match &t.value {
-        Some(type_proto::Value::TensorType(t)) => Some(t),
-        _ => None,
-    });
+    let tensor = info.tensor();
     let data_type = tensor.and_then(|t| DataType::try_from(t.elem_type()).ok());
     Port {
         name: info.name().into(),

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::onnx::proto::{ValueInfoProto, tensor_shape_proto::dimension::Value as DimValue, type_proto};
+use crate::onnx::proto::{ValueInfoProto, tensor_shape_proto::dimension::Value as DimValue};
 use crate::onnx::{DataType, GraphProto, ModelProto, Tensor, data_type_name};
 use crate::{Error, Result, did_you_mean};
 
@@ -71,7 +71,7 @@ impl Signature {
 
 impl Input {
     fn of(info: &ValueInfoProto) -> Self {
-        let Some(type_proto::Value::TensorType(tensor)) = info.r#type.as_ref().and_then(|t| t.value.as_ref()) else {
+        let Some(tensor) = info.tensor() else {
             return Self { element: None, dims: None };
         };
         let element = DataType::try_from(tensor.elem_type()).ok().filter(|t| Tensor::zeros(*t, &[0]).is_ok());

@@ -4,7 +4,7 @@ use rand::distr::{Distribution, Uniform};
 use rand_chacha::ChaCha8Rng;
 
 use crate::adapter::{HeadRecord, MAX_SIZE, Pool};
-use crate::onnx::proto::{tensor_shape_proto::dimension::Value as DimValue, type_proto};
+use crate::onnx::proto::tensor_shape_proto::dimension::Value as DimValue;
 use crate::onnx::shape::{Dim, Shapes};
 use crate::onnx::{
     AttributeProto, DataType, Model, Names, NodeProto, Patch, Scope, Tensor, TensorProto, ValueInfoProto, node,
@@ -229,8 +229,5 @@ fn named_dims(model: &Model, value: &str, leading: usize) -> Vec<String> {
 fn declared(model: &Model, value: &str) -> Option<Vec<Option<DimValue>>> {
     let graph = model.graph();
     let info = graph.output.iter().chain(&graph.value_info).chain(&graph.input).find(|v| v.name() == value)?;
-    match &info.r#type.as_ref()?.value {
-        Some(type_proto::Value::TensorType(t)) => Some(t.shape.as_ref()?.dim.iter().map(|d| d.value.clone()).collect()),
-        _ => None,
-    }
+    Some(info.tensor()?.shape.as_ref()?.dim.iter().map(|d| d.value.clone()).collect())
 }

@@ -72,6 +72,23 @@ impl AttributeProto {
     }
 }
 
+impl TypeProto {
+    /// Element type and shape, where this is a (dense) tensor.
+    pub fn tensor(&self) -> Option<&type_proto::Tensor> {
+        match &self.value {
+            Some(type_proto::Value::TensorType(tensor)) => Some(tensor),
+            _ => None,
+        }
+    }
+}
+
+impl ValueInfoProto {
+    /// Element type and shape, where this declares a (dense) tensor.
+    pub fn tensor(&self) -> Option<&type_proto::Tensor> {
+        self.r#type.as_ref()?.tensor()
+    }
+}
+
 impl ModelProto {
     /// Version of the default operator set (0 where the file imports none).
     pub fn opset(&self) -> i64 {

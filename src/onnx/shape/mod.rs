@@ -26,7 +26,7 @@ mod tests;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::proto::{TypeProto, tensor_shape_proto::dimension::Value as DimValue, type_proto};
+use super::proto::tensor_shape_proto::dimension::Value as DimValue;
 use super::{DataType, GraphProto, ModelProto, NodeProto, Tensor, TensorProto, ValueInfoProto};
 use ndarray::ArrayD;
 use op::Op;
@@ -217,7 +217,7 @@ impl Shapes {
 
     /// Shape of a declaration; each dimension without size or name becomes a symbol of its own.
     fn declared(&mut self, info: &ValueInfoProto) -> ValueShape {
-        let Some(tensor) = info.r#type.as_ref().and_then(tensor_type) else { return ValueShape::default() };
+        let Some(tensor) = info.tensor() else { return ValueShape::default() };
         let element = DataType::try_from(tensor.elem_type()).ok().filter(|t| *t != DataType::Undefined);
         let dims = tensor.shape.as_ref().map(|shape| {
             shape
@@ -258,15 +258,8 @@ impl Shapes {
     }
 }
 
-fn tensor_type(t: &TypeProto) -> Option<&type_proto::Tensor> {
-    match &t.value {
-        Some(type_proto::Value::TensorType(tensor)) => Some(tensor),
-        _ => None,
-    }
-}
-
 fn declared_names(info: &ValueInfoProto) -> impl Iterator<Item = &str> {
-    let shape = info.r#type.as_ref().and_then(tensor_type).and_then(|t| t.shape.as_ref());
+    let shape = info.tensor().and_then(|t| t.shape.as_ref());
     shape.into_iter().flat_map(|s| &s.dim).filter_map(|d| match &d.value {
         Some(DimValue::DimParam(name)) => Some(name.as_str()),
         _ => None,

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 
 use super::{Column, Dataset, LabelKind, widens};
 use crate::onnx::proto::tensor_shape_proto::dimension::Value as DimValue;
-use crate::onnx::proto::type_proto;
 use crate::onnx::{DataType, GraphProto, Tensor, ValueInfoProto, data_type_name};
 use crate::{Error, Result, did_you_mean};
 
@@ -32,10 +31,7 @@ pub struct Field {
 
 impl Field {
     pub fn of(info: &ValueInfoProto) -> Self {
-        let tensor = match info.r#type.as_ref().and_then(|t| t.value.as_ref()) {
-            Some(type_proto::Value::TensorType(tensor)) => Some(tensor),
-            _ => None,
-        };
+        let tensor = info.tensor();
         let dims = tensor.and_then(|t| t.shape.as_ref()).map(|shape| {
             let axis = |value: &Option<DimValue>| match value {
                 Some(DimValue::DimValue(n)) => usize::try_from(*n).map_or(Axis::Free, Axis::Known),
