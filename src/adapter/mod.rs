@@ -1,10 +1,21 @@
-//! Adapters: the config in PEFT's fields, one file per variant, and the record of what was injected.
+//! Adapters: the config in PEFT's fields, one file per variant, the values of an adapter, and the record of what was
+//! injected.
 
-pub mod bone;
+mod bat;
+mod bone;
 mod config;
+mod mini;
 mod record;
+pub mod tile;
+mod values;
+mod variant;
+mod writer;
 
-pub use config::{BoneConfig, InitWeights, TargetModules};
+pub use config::{Bias, BoneConfig, InitWeights, PeftType, TargetModules, TaskType};
 pub use record::{
-    AdapterRecord, CallRecord, HeadRecord, Injection, MAX_SIZE, METADATA_KEY, Pool, TargetRecord, Trainable,
+    AdapterRecord, HeadRecord, Injection, MAX_SIZE, METADATA_KEY, Pool, Renamed, SavedRecord, TargetRecord, Trainable,
+    Written,
 };
+pub use values::Adapter;
+pub use variant::{Dims, Layout, Merge, Variant};
+pub use writer::{Constants, Writer};
