@@ -63,7 +63,13 @@ impl Variant for Bat {
         if layout.out_in { merged } else { w.transposed(&merged) }
     }
 
-    fn merger(&self, dims: &Dims, layout: Layout, parameter: ArrayViewD<f32>, undo: bool) -> Result<Box<dyn Merge>, String> {
+    fn merger(
+        &self,
+        dims: &Dims,
+        layout: Layout,
+        parameter: ArrayViewD<f32>,
+        undo: bool,
+    ) -> Result<Box<dyn Merge>, String> {
         let blocks = parameter.to_owned().into_dimensionality::<Ix3>().map_err(|e| e.to_string())?;
         if blocks.shape() != [dims.outputs / dims.r, dims.r, dims.r] {
             return Err(format!("BAT's blocks have shape {:?}", blocks.shape()));
@@ -80,8 +86,7 @@ fn inverses(blocks: &Array3<f32>) -> Result<Array3<f32>, String> {
     let r = blocks.shape()[1];
     for (k, mut inverse) in inverses.axis_iter_mut(Axis(0)).enumerate() {
         let block = inverse.to_owned();
-        let matrix =
-            faer::Mat::<f64>::from_fn(r, r, |i, j| f64::from(block[[i, j]]) + if i == j { 1.0 } else { 0.0 });
+        let matrix = faer::Mat::<f64>::from_fn(r, r, |i, j| f64::from(block[[i, j]]) + if i == j { 1.0 } else { 0.0 });
         let inverted = matrix.partial_piv_lu().inverse();
         let size = |m: &faer::Mat<f64>| m.norm_max();
         // The error of a solution in float32 grows with this product (the condition number).

@@ -201,8 +201,7 @@ impl Default for BoneConfig {
 }
 
 /// Keys of an `adapter_config.json` that say nothing to this program.
-const OTHER_KEYS: [&str; 5] =
-    ["auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"];
+const OTHER_KEYS: [&str; 5] = ["auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"];
 
 const KEYS: [&str; 12] = [
     "bias",
@@ -268,9 +267,9 @@ impl BoneConfig {
             }
             "bias" => self.bias = text(key, value, Bias::WORDS)?.parse()?,
             "peft_type" => {
-                self.peft_type = text(key, value, PeftType::WORDS)?.parse().map_err(|e| {
-                    format!("{e} (Bone and its successor MiSS; adapters of other kinds are not read)")
-                })?;
+                self.peft_type = text(key, value, PeftType::WORDS)?
+                    .parse()
+                    .map_err(|e| format!("{e} (Bone and its successor MiSS; adapters of other kinds are not read)"))?;
             }
             "task_type" => self.task_type = Some(text(key, value, TaskType::WORDS)?.parse()?),
             "target_modules" => self.target_modules = Some(modules(key, value)?),
@@ -322,7 +321,9 @@ impl BoneConfig {
             (self.miss_dropout > 0.0, "miss_dropout"),
         ];
         match only_miss.iter().find(|(used, _)| *used && self.peft_type == PeftType::Bone) {
-            Some((_, field)) => Err(Error::config(format!("{field} came with MiSS: peft_type has to be MISS, not BONE"))),
+            Some((_, field)) => {
+                Err(Error::config(format!("{field} came with MiSS: peft_type has to be MISS, not BONE")))
+            }
             None => Ok(()),
         }
     }

@@ -181,21 +181,14 @@ impl Injection {
                     .map_err(|what| format!("module {}: {what}", target.module))?;
             }
         }
-        let once = |names: &mut dyn Iterator<Item = &str>, what: &str| {
-            let mut seen = HashSet::new();
-            match names.find(|name| !seen.insert(name.to_string())) {
-                Some(twice) => Err(format!("{what} {twice:?} is there twice")),
-                None => Ok(()),
-            }
-        };
         let saved = self.adapters.iter().flat_map(|a| &a.saved).map(|s| s.parameter.as_str());
         let blocks = self.adapters.iter().flat_map(|a| &a.targets).map(|t| t.parameter.as_str());
-        once(&mut self.adapters.iter().map(|a| a.name.as_str()), "adapter")?;
-        once(&mut self.active.iter().map(String::as_str), "active adapter")?;
-        once(&mut blocks.chain(saved), "parameter")?;
-        once(&mut self.written.nodes.iter().map(String::as_str), "node")?;
+        once(self.adapters.iter().map(|a| a.name.as_str()), "adapter")?;
+        once(self.active.iter().map(String::as_str), "active adapter")?;
+        once(blocks.chain(saved), "parameter")?;
+        once(self.written.nodes.iter().map(String::as_str), "node")?;
         let renamed = self.written.outputs.iter().chain(&self.written.inputs);
-        once(&mut renamed.map(|r| r.now.as_str()), "value")?;
+        once(renamed.map(|r| r.now.as_str()), "value")?;
         match self.active.iter().find(|name| self.adapter(name).is_none()) {
             Some(gone) => Err(format!("the active adapter {gone:?} is not there")),
             None => Ok(()),
@@ -249,6 +242,15 @@ impl Injection {
             .flat_map(|a| blocks(a).into_iter().chain(saved(a)))
             .chain(head.map(|n| Trainable { name: n.clone(), full: true }))
             .collect()
+    }
+}
+
+/// An error where a name comes twice.
+fn once<'a>(mut names: impl Iterator<Item = &'a str>, what: &str) -> Result<(), String> {
+    let mut seen = HashSet::new();
+    match names.find(|name| !seen.insert(*name)) {
+        Some(twice) => Err(format!("{what} {twice:?} is there twice")),
+        None => Ok(()),
     }
 }
 

@@ -22,8 +22,8 @@ pub fn write_branch(dims: &Dims, x: &str, block: &str, writer: &mut Writer) -> S
 
 /// The nodes of `W + tile(D)` in the weight's layout; returns its name.
 pub(super) fn write_weight(dims: &Dims, layout: Layout, weight: &str, block: &str, w: &mut Writer) -> String {
+    let n = dims.inputs.div_ceil(dims.r) as i64;
     let [inputs, outputs, r] = [dims.inputs, dims.outputs, dims.r].map(|n| n as i64);
-    let n = inputs.div_ceil(r);
     let mut block = if layout.out_in { w.transposed(block) } else { block.to_string() };
     if layout.alpha != 1.0 {
         let alpha = w.scalar(layout.alpha);
@@ -32,10 +32,10 @@ pub(super) fn write_weight(dims: &Dims, layout: Layout, weight: &str, block: &st
     if n * r == inputs {
         // Whole shards: the block broadcasts over them.
         let [shards, flat, one] = match layout.out_in {
-            true => [[outputs, n, r].as_slice(), &[outputs, inputs], &[outputs, 1, r]],
-            false => [[n, r, outputs].as_slice(), &[inputs, outputs], &[1, r, outputs]],
+            true => [vec![outputs, n, r], vec![outputs, inputs], vec![outputs, 1, r]],
+            false => [vec![n, r, outputs], vec![inputs, outputs], vec![1, r, outputs]],
         }
-        .map(|dims| w.ints(dims));
+        .map(|dims| w.ints(&dims));
         let weight = w.op("Reshape", "sharded", &[weight, &shards], Vec::new());
         let block = w.op("Reshape", "block", &[&block, &one], Vec::new());
         let sum = w.op("Add", "sum", &[&weight, &block], Vec::new());

@@ -64,9 +64,8 @@ impl Writer<'_> {
     /// A 1-D int64 constant.
     pub fn ints(&mut self, values: &[i64]) -> String {
         let text = values.iter().map(i64::to_string).collect::<Vec<_>>().join("x");
-        self.constants.get(&format!("bone.dims.{text}"), self.names, || {
-            Tensor::from(Array1::from(values.to_vec()).into_dyn())
-        })
+        self.constants
+            .get(&format!("bone.dims.{text}"), self.names, || Tensor::from(Array1::from(values.to_vec()).into_dyn()))
     }
 
     pub fn scalar(&mut self, value: f32) -> String {
