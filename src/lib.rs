@@ -7,7 +7,8 @@
 //! | [`onnx`] | the file: schema, lossless read and streaming write, tensors, external data, shapes |
 //! | [`select`] | which nodes are linear layers, the module path of each, PEFT's matching rules |
 //! | [`adapter`] | the config, one file per variant: parameter shapes, init, subgraph, ΔW |
-//! | [`inject`], [`fold`], [`unload`] | graph surgery |
+//! | [`base`], [`inject`], [`fold`], [`unload`] | graph surgery: the base inside an injected model, and the ways there and back |
+//! | [`peft`], [`export`] | adapters in the forms that others read and write |
 //! | [`autodiff`] | reverse mode, ONNX → ONNX |
 //! | [`engine`] | ONNX Runtime and tract behind one trait |
 //! | [`train`] | loss graphs, data readers, optimizer, schedule, loop, metrics |
@@ -15,12 +16,15 @@
 
 pub mod adapter;
 pub mod autodiff;
+pub mod base;
 pub mod cli;
 pub mod engine;
 mod error;
+pub mod export;
 pub mod fold;
 pub mod inject;
 pub mod onnx;
+pub mod peft;
 pub mod select;
 pub mod train;
 pub mod unload;

@@ -2,72 +2,86 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::Error;
 use crate::Result;
 use crate::adapter::{Injection, METADATA_KEY};
-use crate::onnx::{Model, Patch, walk_graphs};
+use crate::base::changed;
+use crate::onnx::{Model, Patch, Scope, walk_graphs};
 
 /// The changes that give back the base of an injected model.
 ///
 /// # Errors
 /// Where the model carries no adapter, or something its record names is gone.
 pub fn unload(model: &Model) -> Result<Patch> {
-    strip(model, &Injection::expect(model)?, false)
+    let record = Injection::expect(model)?;
+    let mut patch = strip(model, &record, &HashSet::new())?;
+    if let Some(head) = &record.head {
+        let nodes: HashSet<&str> = head.nodes.iter().map(String::as_str).collect();
+        let initializers: HashSet<&str> =
+            head.constants.iter().chain([&head.weight, &head.bias]).map(String::as_str).collect();
+        let main = patch.graph(&Scope::new());
+        let graph = model.graph();
+        let before = main.drop_nodes.len();
+        main.drop_nodes.extend(positions(graph.node.iter().map(|n| n.name()), &nodes));
+        main.drop_outputs
+            .extend(positions(graph.output.iter().map(|v| v.name()), &HashSet::from([head.name.as_str()])));
+        let dropped = positions(graph.initializer.iter().map(|t| t.name()), &initializers);
+        if main.drop_nodes.len() - before != nodes.len() || dropped.len() != initializers.len() {
+            return Err(changed(model));
+        }
+        main.drop_initializers.extend(dropped);
+        main.drop_inputs.extend(positions(graph.input.iter().map(|v| v.name()), &initializers));
+    }
+    Ok(patch)
 }
 
-/// As [`unload`]; with `keep_head` the appended head stays in the model as an ordinary layer.
-pub(crate) fn strip(model: &Model, record: &Injection, keep_head: bool) -> Result<Patch> {
-    let head = record.head.iter().filter(|_| !keep_head);
-    let mut nodes: HashSet<&str> = head.clone().flat_map(|h| &h.nodes).map(String::as_str).collect();
-    let mut initializers: HashSet<&str> =
-        head.clone().flat_map(|h| h.constants.iter().chain([&h.weight, &h.bias])).map(String::as_str).collect();
-    // A node adapted twice had its output renamed twice; each name leads to the one before.
-    let mut outputs: HashMap<&str, &str> = HashMap::new();
-    for adapter in &record.adapters {
-        initializers.extend(adapter.constants.iter().map(String::as_str));
-        for target in &adapter.targets {
-            initializers.insert(&target.parameter);
-            for call in &target.calls {
-                nodes.extend(call.nodes.iter().map(String::as_str));
-                outputs.insert(&call.base_output, &call.output);
-            }
-        }
-    }
+/// Takes the active adapters out of the graph, and the parameters of all adapters but those called in `keep`.
+pub(crate) fn strip(model: &Model, record: &Injection, keep: &HashSet<&str>) -> Result<Patch> {
+    let written = &record.written;
+    let nodes: HashSet<&str> = written.nodes.iter().map(String::as_str).collect();
+    let mut initializers: HashSet<&str> = record.adapters.iter().flat_map(|a| a.parameters()).collect();
+    initializers.retain(|name| !keep.contains(name));
+    initializers.extend(written.constants.iter().map(String::as_str));
+    let names = |renamed: &'_ [crate::adapter::Renamed]| -> HashMap<String, String> {
+        renamed.iter().map(|r| (r.now.clone(), r.base.clone())).collect()
+    };
+    let (outputs, inputs) = (names(&written.outputs), names(&written.inputs));
 
     let mut patch = Patch::default();
-    let mut found = 0;
+    let mut found = HashSet::new();
     walk_graphs(model.graph(), &mut |scope, graph| {
         for (index, node) in graph.node.iter().enumerate() {
             if nodes.contains(node.name()) {
                 patch.graph(scope).drop_nodes.insert(index);
-                found += 1;
+                found.insert(("node", node.name()));
                 continue;
             }
-            let Some(mut original) = node.output.first().and_then(|o| outputs.get(o.as_str())) else { continue };
-            found += 1;
-            while let Some(earlier) = outputs.get(original) {
-                found += 1;
-                original = earlier;
+            for (nth, name) in node.output.iter().enumerate() {
+                if let Some(original) = outputs.get(name) {
+                    patch.graph(scope).rename_output(index, nth, original);
+                    found.insert(("output", name));
+                }
             }
-            patch.graph(scope).rename_output(index, 0, original);
+            for (nth, name) in node.input.iter().enumerate() {
+                if let Some(original) = inputs.get(name) {
+                    patch.graph(scope).rename_input(index, nth, original);
+                    found.insert(("input", name));
+                }
+            }
         }
     });
-    let main = patch.graph(&Vec::new());
+    let main = patch.graph(&Scope::new());
     let graph = model.graph();
-    let position = |names: &mut dyn Iterator<Item = &str>, set: &HashSet<&str>| -> Vec<usize> {
-        names.enumerate().filter(|(_, n)| set.contains(n)).map(|(i, _)| i).collect()
-    };
-    main.drop_initializers.extend(position(&mut graph.initializer.iter().map(|t| t.name()), &initializers));
-    main.drop_inputs.extend(position(&mut graph.input.iter().map(|v| v.name()), &initializers));
-    let head_outputs = record.head.iter().filter(|_| !keep_head).map(|h| h.name.as_str()).collect();
-    main.drop_outputs.extend(position(&mut graph.output.iter().map(|v| v.name()), &head_outputs));
-    if found != nodes.len() + outputs.len() || main.drop_initializers.len() != initializers.len() {
-        return Err(Error::file(
-            &model.path,
-            "another tool has changed this model since the adapters were injected: nodes or initializers of theirs are \
-             gone, so they cannot be taken out; inject the base again",
-        ));
+    main.drop_initializers.extend(positions(graph.initializer.iter().map(|t| t.name()), &initializers));
+    main.drop_inputs.extend(positions(graph.input.iter().map(|v| v.name()), &initializers));
+    let wanted = nodes.len() + outputs.len() + inputs.len();
+    if found.len() != wanted || main.drop_initializers.len() != initializers.len() {
+        return Err(changed(model));
     }
     patch.drop_metadata.insert(METADATA_KEY.into());
     Ok(patch)
+}
+
+/// Indices of the names that are in `set`.
+fn positions<'a>(names: impl Iterator<Item = &'a str>, set: &HashSet<&str>) -> Vec<usize> {
+    names.enumerate().filter(|(_, n)| set.contains(n)).map(|(i, _)| i).collect()
 }

@@ -88,7 +88,10 @@ fn inverses(blocks: &Array3<f32>) -> Result<Array3<f32>, String> {
         let block = inverse.to_owned();
         let matrix = faer::Mat::<f64>::from_fn(r, r, |i, j| f64::from(block[[i, j]]) + if i == j { 1.0 } else { 0.0 });
         let inverted = matrix.partial_piv_lu().inverse();
-        let size = |m: &faer::Mat<f64>| m.norm_max();
+        let size = |m: &faer::Mat<f64>| {
+            let entries = (0..r).flat_map(|i| (0..r).map(move |j| m[(i, j)].abs()));
+            entries.fold(0.0, |max: f64, v| if v.is_nan() { f64::NAN } else { max.max(v) })
+        };
         // The error of a solution in float32 grows with this product (the condition number).
         let condition = size(&matrix) * size(&inverted) * r as f64;
         if !condition.is_finite() || condition > 1e6 {

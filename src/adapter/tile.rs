@@ -21,7 +21,7 @@ pub fn write_branch(dims: &Dims, x: &str, block: &str, writer: &mut Writer) -> S
 }
 
 /// The nodes of `W + tile(D)` in the weight's layout; returns its name.
-pub(super) fn write_weight(dims: &Dims, layout: Layout, weight: &str, block: &str, w: &mut Writer) -> String {
+pub fn write_weight(dims: &Dims, layout: Layout, weight: &str, block: &str, w: &mut Writer) -> String {
     let n = dims.inputs.div_ceil(dims.r) as i64;
     let [inputs, outputs, r] = [dims.inputs, dims.outputs, dims.r].map(|n| n as i64);
     let mut block = if layout.out_in { w.transposed(block) } else { block.to_string() };

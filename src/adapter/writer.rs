@@ -72,6 +72,10 @@ impl Writer<'_> {
         self.constants.get(&format!("bone.scalar.{value}"), self.names, || Tensor::scalar(value))
     }
 
+    pub fn flag(&mut self, value: bool) -> String {
+        self.constants.get(&format!("bone.flag.{value}"), self.names, || Tensor::from(ndarray::arr0(value).into_dyn()))
+    }
+
     /// [`tile::selection`]
     pub fn selection(&mut self, inputs: usize, r: usize) -> String {
         let name = format!("bone.select.{inputs}x{r}");

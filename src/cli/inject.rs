@@ -1,13 +1,15 @@
 //! `inject`: adapters beside the layers you name, and a head where the model has none.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
 use super::printer::Printer;
-use crate::adapter::{BoneConfig, InitWeights, Pool, TargetModules};
+use crate::adapter::{Bias, BoneConfig, InitWeights, Injection, PeftType, Pool, TargetModules, TaskType};
+use crate::base::Base;
 use crate::inject::{HeadOptions, InjectOptions, InjectSummary, inject};
 use crate::onnx::Model;
+use crate::select::{self, Defaults, Version};
 use crate::{Error, Result};
 
 /// Put Bone adapters (and a head) into a model
@@ -33,9 +35,34 @@ pub struct Args {
     #[arg(long)]
     r: Option<usize>,
 
-    /// true: zeros, so that nothing changes at first; false: random [default: true]
+    /// true: zeros, so that nothing changes at first; false: random; bat: the weight passes through the block; mini: a
+    /// block of --mini-r columns, repeated [default: true]
     #[arg(long)]
     init_weights: Option<InitWeights>,
+
+    /// Columns of a mini block [default: 1]
+    #[arg(long)]
+    mini_r: Option<usize>,
+
+    /// Share of a layer's inputs that its block does not see in training [default: 0]
+    #[arg(long)]
+    miss_dropout: Option<f64>,
+
+    /// Biases to train: none, all, or miss_only (those of the adapted layers) [default: none]
+    #[arg(long)]
+    bias: Option<Bias>,
+
+    /// Layers to train in full: comma-separated module names
+    #[arg(long, value_delimiter = ',')]
+    modules_to_save: Option<Vec<String>>,
+
+    /// What the model is for (SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, …): decides about output layers as PEFT does
+    #[arg(long)]
+    task_type: Option<TaskType>,
+
+    /// MISS, or BONE for PEFT 0.14 to 0.18: what parameters and saved adapters are called [default: MISS]
+    #[arg(long)]
+    peft_type: Option<PeftType>,
 
     /// Adapt only these layer numbers (comma-separated); needs a list in --target-modules
     #[arg(long, value_delimiter = ',')]
@@ -49,9 +76,17 @@ pub struct Args {
     #[arg(long)]
     config: Option<PathBuf>,
 
+    /// Whose reading of --layers-to-transform: 0.16 (the last number of a path) or 0.21 (the first)
+    #[arg(long, default_value = "0.21")]
+    peft_matching: Version,
+
     /// Name of the adapter
     #[arg(long, default_value = "default")]
     adapter_name: String,
+
+    /// Make the parameters inputs of the graph, too, so that ONNX Runtime can swap .onnx_adapter files at run time
+    #[arg(long)]
+    overridable: bool,
 
     /// Append a trainable linear layer as a new output: NAME:NUM_LABELS
     #[arg(long, value_name = "NAME:NUM_LABELS", requires = "head_input")]
@@ -79,8 +114,8 @@ pub struct Args {
 }
 
 pub fn run(args: Args, printer: &Printer) -> Result<()> {
-    let options = args.options()?;
     let model = Model::open(&args.model)?;
+    let options = args.options(&model, printer)?;
     let injected = inject(&model, &options)?;
     injected.summary.warnings.iter().for_each(|w| printer.warn(w));
     let summary = match &args.output {
@@ -97,20 +132,20 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     Ok(())
 }
 
-fn print(summary: &InjectSummary, p: &Printer) {
-    let rows = summary.targets.iter().map(|t| {
-        vec![
-            t.module.clone(),
-            format!("{} → {}", t.in_features, t.out_features),
-            format!("[{}, {}]", t.r, t.out_features),
-        ]
-    });
+pub fn print(summary: &InjectSummary, p: &Printer) {
+    let rows = summary
+        .targets
+        .iter()
+        .map(|t| vec![t.module.clone(), format!("{} → {}", t.in_features, t.out_features), format!("{:?}", t.shape)]);
     if !summary.targets.is_empty() {
         p.table(&["module", "in → out", "block"], rows.collect());
         p.line("");
     }
     for left in &summary.left_out {
         p.line(&format!("left out {}: {}", left.module, left.reason));
+    }
+    if !summary.saved.is_empty() {
+        p.line(&format!("trained in full: {}", summary.saved.join(", ")));
     }
     if let Some(head) = &summary.head {
         p.line(
@@ -122,16 +157,19 @@ fn print(summary: &InjectSummary, p: &Printer) {
 }
 
 impl Args {
-    fn options(&self) -> Result<InjectOptions> {
-        let mut config: BoneConfig = match &self.config {
-            Some(path) => {
-                let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-                serde_json::from_str(&text).map_err(|e| Error::file(path, format!("not an adapter config: {e}")))?
-            }
+    fn options(&self, model: &Model, printer: &Printer) -> Result<InjectOptions> {
+        let mut config = match &self.config {
+            Some(path) => read_config(path, printer)?,
             None => BoneConfig::default(),
         };
+        config.peft_type = self.peft_type.unwrap_or(config.peft_type);
         config.r = self.r.unwrap_or(config.r);
         config.init_weights = self.init_weights.unwrap_or(config.init_weights);
+        config.mini_r = self.mini_r.unwrap_or(config.mini_r);
+        config.miss_dropout = self.miss_dropout.unwrap_or(config.miss_dropout);
+        config.bias = self.bias.unwrap_or(config.bias);
+        config.task_type = self.task_type.or(config.task_type);
+        config.modules_to_save = self.modules_to_save.clone().or(config.modules_to_save);
         if let Some(text) = &self.target_modules {
             config.target_modules = Some(TargetModules::parse(text));
         }
@@ -140,11 +178,23 @@ impl Args {
         }
         config.layers_to_transform = self.layers_to_transform.clone().or(config.layers_to_transform);
         config.layers_pattern = self.layers_pattern.clone().or(config.layers_pattern);
+        if config.target_modules.is_none() && self.head.is_none() {
+            let defaults = default_targets(model)?;
+            printer.say(format!(
+                "target modules: {} (PEFT's choice for {}, told by {})",
+                defaults.modules.join(", "),
+                defaults.model_type,
+                defaults.told_by
+            ));
+            config.target_modules = Some(TargetModules::List(defaults.modules));
+        }
         Ok(InjectOptions {
             adapter_name: self.adapter_name.clone(),
             config,
             head: self.head_options()?,
             seed: self.seed,
+            overridable: self.overridable,
+            matching: self.peft_matching,
         })
     }
 
@@ -161,4 +211,19 @@ impl Args {
         };
         Ok(Some(HeadOptions { name: name.into(), labels, input: input.clone(), pool, mask: self.pool_mask.clone() }))
     }
+}
+
+fn read_config(path: &Path, printer: &Printer) -> Result<BoneConfig> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let json = serde_json::from_str(&text).map_err(|e| Error::file(path, format!("not an adapter config: {e}")))?;
+    let mut warnings = Vec::new();
+    let config = BoneConfig::from_json(&json, &mut warnings).map_err(|e| Error::file(path, e.to_string()));
+    warnings.iter().for_each(|w| printer.warn(format!("{}: {w}", path.display())));
+    config
+}
+
+/// PEFT's targets for the architecture that the model is.
+fn default_targets(model: &Model) -> Result<Defaults> {
+    let record = Injection::read(model)?;
+    select::default_targets(model, &Base::of(model, record.as_ref())?.linears())
 }

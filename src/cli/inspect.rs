@@ -5,12 +5,14 @@ use std::path::PathBuf;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use super::adapter::describe;
 use super::printer::Printer;
 use crate::Result;
 use crate::adapter::Injection;
+use crate::base::Base;
 use crate::onnx::proto::tensor_shape_proto::dimension::Value as DimValue;
 use crate::onnx::{DataType, Model, Scope, ValueInfoProto, data_type_name};
-use crate::select::{self, NameRule};
+use crate::select::NameRule;
 
 /// Show a model's linear layers, adapters, inputs and outputs
 #[derive(clap::Args)]
@@ -55,9 +57,7 @@ struct Port {
 pub fn run(args: Args, printer: &Printer) -> Result<()> {
     let model = Model::open(&args.model)?;
     let record = Injection::read(&model)?;
-    let added: Vec<&str> = record.iter().flat_map(Injection::added_nodes).collect();
-    let mut linears = select::linears(&model);
-    linears.retain(|l| !added.contains(&l.node_name.as_str()));
+    let linears = Base::of(&model, record.as_ref())?.linears();
     let graph = model.graph();
     let report = Report {
         linears: linears
@@ -75,7 +75,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
                 not_adaptable: l.adaptable.err(),
             })
             .collect(),
-        adapters: record.iter().flat_map(adapters).collect(),
+        adapters: record.iter().flat_map(|r| r.adapters.iter().map(|a| describe(r, a, &model))).collect(),
         inputs: graph
             .input
             .iter()
@@ -125,8 +125,10 @@ fn print(report: &Report, p: &Printer) {
     p.line(&format!("opset    {}", opsets.join(", ")));
     for adapter in &report.adapters {
         p.line(&format!(
-            "adapter  {} r={} on {} layers, {} parameters",
+            "adapter  {} ({}{}) r={} on {} layers, {} parameters",
             adapter["name"].as_str().unwrap_or("?"),
+            adapter["variant"].as_str().unwrap_or("?"),
+            if adapter["active"].is_null() { ", not active" } else { "" },
             adapter["r"],
             adapter["layers"],
             adapter["parameters"]
@@ -147,15 +149,6 @@ fn print(report: &Report, p: &Printer) {
     p.table(&["module", "op", "in → out", "dtype", "weight", "node", ""], rows.collect());
     p.line("");
     p.line(&format!("{} linear layers", report.linears.len()));
-}
-
-fn adapters(record: &Injection) -> Vec<Value> {
-    let adapters = record.adapters.iter().map(|a| {
-        let parameters: usize = a.targets.iter().map(|t| a.config.r * t.out_features).sum();
-        let modules: Vec<&str> = a.targets.iter().map(|t| t.module.as_str()).collect();
-        json!({"name": a.name, "r": a.config.r, "layers": a.targets.len(), "parameters": parameters, "modules": modules})
-    });
-    adapters.collect()
 }
 
 fn port(info: &ValueInfoProto) -> Port {

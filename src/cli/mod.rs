@@ -1,5 +1,6 @@
 //! The command line: parse, call the library, print. People's text and progress go to stderr, results to stdout.
 
+mod adapter;
 mod doctor;
 mod engine;
 mod fold;
@@ -42,6 +43,7 @@ enum Command {
     Train(Box<train::Args>),
     Fold(fold::Args),
     Unload(unload::Args),
+    Adapter(adapter::Args),
     Verify(verify::Args),
     Doctor(doctor::Args),
     Quickstart(quickstart::Args),
@@ -69,6 +71,7 @@ fn run(command: Command, printer: &Printer) -> Result<()> {
         Command::Inject(args) => inject::run(*args, printer),
         Command::Train(args) => train::run(*args, printer),
         Command::Fold(args) => fold::run(args, printer),
+        Command::Adapter(args) => adapter::run(args, printer),
         Command::Unload(args) => unload::run(args, printer),
         Command::Verify(args) => verify::run(args, printer),
         Command::Doctor(args) => doctor::run(args, printer),

@@ -42,6 +42,10 @@ pub struct Args {
     #[arg(long)]
     loss: Loss,
 
+    /// Train only these adapters (comma-separated); other active ones stay as they are [default: all active]
+    #[arg(long, value_delimiter = ',')]
+    adapter_names: Option<Vec<String>>,
+
     /// The output to train on [default: the head, or the only output]
     #[arg(long, value_name = "NAME")]
     output: Option<String>,
@@ -80,6 +84,10 @@ pub struct Args {
 
     #[arg(long, default_value_t = 0.0)]
     weight_decay: f64,
+
+    /// Weight decay on biases and norms, too
+    #[arg(long)]
+    decay_all: bool,
 
     /// AdamW's decay rates of the moments
     #[arg(long, value_delimiter = ',', num_args = 1.., default_value = "0.9,0.999")]
@@ -180,6 +188,7 @@ impl Args {
         Ok(TrainOptions {
             eval_data: self.eval_data.clone(),
             eval_strategy: self.eval_strategy,
+            adapter_names: self.adapter_names.clone(),
             output: self.output.clone(),
             labels: self.labels.clone(),
             text: TextOptions {
@@ -192,6 +201,7 @@ impl Args {
             lr: self.lr,
             head_lr: self.head_lr,
             weight_decay: self.weight_decay,
+            decay_all: self.decay_all,
             schedule: self.schedule,
             warmup_steps: self.warmup_steps,
             max_grad_norm: self.max_grad_norm,

@@ -3,6 +3,7 @@
 use rand::distr::{Distribution, Uniform};
 use rand_chacha::ChaCha8Rng;
 
+use super::emission::add_initializer;
 use crate::adapter::{HeadRecord, MAX_SIZE, Pool};
 use crate::onnx::proto::tensor_shape_proto::dimension::Value as DimValue;
 use crate::onnx::shape::{Dim, Shapes};
@@ -128,10 +129,10 @@ pub(super) fn append(
         Tensor::new(dims, uniform.sample_iter(&mut *rng).take(len).collect::<Vec<f32>>())
     };
     for tensor in constants {
-        add_initializer(model, patch, tensor);
+        add_initializer(&model.proto, patch, tensor, false);
     }
-    add_initializer(model, patch, random(&[options.labels, features]).to_proto(&weight));
-    add_initializer(model, patch, random(&[options.labels]).to_proto(&bias));
+    add_initializer(&model.proto, patch, random(&[options.labels, features]).to_proto(&weight), false);
+    add_initializer(&model.proto, patch, random(&[options.labels]).to_proto(&bias), false);
     let main = patch.graph(&Scope::new());
     main.append_nodes.extend(nodes);
     let labels = options.labels.to_string();
@@ -141,11 +142,6 @@ pub(super) fn append(
     let shape: Vec<&str> = shape.iter().map(String::as_str).collect();
     main.add_outputs.push(value_info(name, DataType::Float, &shape));
     Ok((record, options.labels * (features + 1)))
-}
-
-fn add_initializer(model: &Model, patch: &mut Patch, tensor: TensorProto) {
-    let dims: Vec<usize> = tensor.dims.iter().map(|d| *d as usize).collect();
-    super::add_initializer(model, patch, tensor, &dims);
 }
 
 /// Collects the head's nodes.

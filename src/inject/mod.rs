@@ -1,9 +1,12 @@
-//! Base → injected: a side branch beside each chosen linear layer, its block a new initializer, and the record of it
-//! all in the model's metadata.
+//! Base → injected: adapters beside (or in) the chosen linear layers, their parameters new initializers, and the record
+//! of it all in the model's metadata. Every change of a model's adapters is one rewrite of what they added.
 
+pub(crate) mod emission;
 mod head;
+mod manage;
+pub(crate) mod place;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::path::Path;
 
 use rand::SeedableRng;
@@ -11,13 +14,16 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 pub use head::HeadOptions;
+pub use manage::{activate, delete, extract, import, rename};
+pub(crate) use manage::{collect, fit};
 
-use crate::adapter::{
-    AdapterRecord, BoneConfig, CallRecord, HeadRecord, Injection, MAX_SIZE, METADATA_KEY, TargetRecord, bone,
-};
-use crate::onnx::{DataType, Durability, Model, Names, Patch, Scope, Tensor, copy_external, external, value_info};
-use crate::select::{self, Linear};
+use crate::adapter::{Adapter, AdapterRecord, BoneConfig, HeadRecord, Injection, METADATA_KEY};
+use crate::base::Base;
+use crate::onnx::{Durability, Model, Names, Patch, Tensor, copy_external, external};
+use crate::select::{self, Version};
+use crate::unload::strip;
 use crate::{Error, Result};
+use emission::{Form, add_initializer, emit};
 
 /// What to inject.
 #[derive(Debug, Clone)]
@@ -28,11 +34,22 @@ pub struct InjectOptions {
     pub head: Option<HeadOptions>,
     /// Seed of random initial values.
     pub seed: u64,
+    /// Makes the parameters inputs of the graph, too, so that ONNX Runtime can swap `.onnx_adapter` files at run time.
+    pub overridable: bool,
+    /// Whose reading of `layers_to_transform`.
+    pub matching: Version,
 }
 
 impl Default for InjectOptions {
     fn default() -> Self {
-        Self { adapter_name: "default".into(), config: BoneConfig::default(), head: None, seed: 0 }
+        Self {
+            adapter_name: "default".into(),
+            config: BoneConfig::default(),
+            head: None,
+            seed: 0,
+            overridable: false,
+            matching: Version::default(),
+        }
     }
 }
 
@@ -43,14 +60,18 @@ pub struct Injected {
 }
 
 /// What an injection did, for people and pipelines.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct InjectSummary {
     pub adapter: String,
     pub targets: Vec<InjectedLayer>,
+    /// Parameters of the base that are trained in full, by path.
+    pub saved: Vec<String>,
     /// Layers that `target_modules` covers but that were not adapted, and why.
     pub left_out: Vec<LeftOut>,
     pub head: Option<HeadRecord>,
     pub trainable_parameters: usize,
+    /// The adapters that the written model computes with.
+    pub active: Vec<String>,
     pub warnings: Vec<String>,
 }
 
@@ -59,7 +80,8 @@ pub struct InjectedLayer {
     pub module: String,
     pub nodes: Vec<String>,
     pub parameter: String,
-    pub r: usize,
+    /// Shape of the parameter.
+    pub shape: Vec<usize>,
     pub in_features: usize,
     pub out_features: usize,
 }
@@ -70,206 +92,166 @@ pub struct LeftOut {
     pub reason: String,
 }
 
-/// Plans the injection; nothing is written and no weight is read.
+/// Plans the injection of a fresh adapter, which is active from then on; nothing is written, and no weight is read but
+/// those that are trained in full.
 ///
 /// # Errors
-/// An unusable config; target modules that match nothing (with what there is instead); an adapter name that is taken.
+/// An unusable config; target modules that match nothing (with what there is instead); an adapter name that is taken;
+/// a layer that holds an adapter of another kind.
 pub fn inject(model: &Model, options: &InjectOptions) -> Result<Injected> {
     let config = &options.config;
     config.validate()?;
     check_name(&options.adapter_name)?;
-    let mut record = Injection::read(model)?.unwrap_or(Injection { format: 1, adapters: Vec::new(), head: None });
-    if let Some(taken) = record.adapters.iter().find(|a| a.name == options.adapter_name) {
-        return Err(Error::file(
-            &model.path,
-            format!(
-                "adapter {:?} is already injected (r = {}, {} layers); inject the base model instead, or give this one \
-                 a name of its own with --adapter-name",
-                taken.name,
-                taken.config.r,
-                taken.targets.len()
-            ),
-        ));
-    }
-    if config.target_modules.is_none() && options.head.is_none() {
+    let old = Injection::read(model)?;
+    let mut record = old.clone().unwrap_or_default();
+    check_free(model, &record, &options.adapter_name)?;
+    let adapts = config.target_modules.is_some();
+    if !adapts && options.head.is_none() {
         return Err(Error::config("target_modules is not given: name the layers to adapt, or use all-linear"));
     }
+    record.overridable |= options.overridable;
 
-    let mut names = Names::of(&model.proto);
-    let mut patch = Patch::default();
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
-    let mut summary = InjectSummary {
-        adapter: options.adapter_name.clone(),
-        targets: Vec::new(),
-        left_out: Vec::new(),
-        head: None,
-        trainable_parameters: 0,
-        warnings: Vec::new(),
-    };
-
-    if config.target_modules.is_some() {
-        let added: HashSet<&str> = record.added_nodes().collect();
-        let mut linears = select::linears(model);
-        linears.retain(|l| !added.contains(l.node_name.as_str()));
-        let selection = select::select(&linears, config)?;
+    let mut summary = InjectSummary { adapter: options.adapter_name.clone(), ..Default::default() };
+    let mut added = Vec::new();
+    let base = Base::of(model, old.as_ref())?;
+    if adapts {
+        let linears = base.linears();
+        let selection = select::select_as(&linears, config, options.matching)?;
         summary.warnings = selection.warnings;
-        summary.left_out = selection
-            .left_out
-            .into_iter()
-            .map(|(i, reason)| LeftOut { module: linears[i].path.clone(), reason })
-            .collect();
-        let chosen: Vec<&Linear> = selection.chosen.iter().map(|i| &linears[*i]).collect();
-        let adapter = adapt(model, options, &chosen, &mut names, &mut patch, &mut rng)?;
-        for target in &adapter.targets {
-            summary.trainable_parameters += config.r * target.out_features;
-            summary.targets.push(InjectedLayer {
-                module: target.module.clone(),
-                nodes: chosen.iter().filter(|l| l.path == target.module).map(|l| l.node_name.clone()).collect(),
-                parameter: target.parameter.clone(),
-                r: config.r,
-                in_features: target.in_features,
-                out_features: target.out_features,
-            });
-        }
-        record.adapters.push(adapter);
+        let left_out = selection.left_out.iter();
+        summary.left_out =
+            left_out.map(|(i, reason)| LeftOut { module: linears[*i].path.clone(), reason: reason.clone() }).collect();
+        let chosen: HashSet<&str> = selection.chosen.iter().map(|i| linears[*i].path.as_str()).collect();
+        let site = place::Site { model, base: &base, linears: &linears };
+        let adapter = site.fresh(&options.adapter_name, config, &chosen, &mut rng, &mut summary.warnings)?;
+        added.push(adapter);
     }
+    let mut patch = rewrite(model, &base, old.as_ref(), &mut record, &added, &mut summary)?;
     if let Some(head) = &options.head {
         if let Some(old) = &record.head {
             return Err(Error::file(&model.path, format!("it already has a head, {:?}", old.name)));
         }
+        let mut names = taken_names(&base, &record);
+        names.take(record.written.nodes.iter().chain(&record.written.constants).map(String::as_str));
+        names.take(record.written.outputs.iter().map(|r| r.now.as_str()));
         let (head, parameters) = head::append(model, head, &mut names, &mut patch, &mut rng)?;
         summary.trainable_parameters += parameters;
         summary.head = Some(head.clone());
         record.head = Some(head);
+        note(&mut patch, &record)?;
     }
-    let json =
-        serde_json::to_string(&record).map_err(|e| Error::model(format!("the record cannot be written: {e}")))?;
-    patch.set_metadata.push((METADATA_KEY.into(), json));
     Ok(Injected { patch, summary })
 }
 
 impl Injected {
     /// Writes the injected model to `out` (which may be the base's own path), with its external data beside it.
     pub fn write(self, model: &Model, out: &Path) -> Result<InjectSummary> {
-        copy_external(model, &external::locations(model)?, out, Durability::OnDisk)?;
-        model.write(model.patched(self.patch)?, out)?;
+        write(model, self.patch, out)?;
         Ok(self.summary)
     }
 }
 
-/// Adds the branches of one adapter to `patch`.
-fn adapt(
+/// Writes a model whose adapters changed to `out` (which may be its own path), with its external data beside it.
+pub fn write(model: &Model, patch: Patch, out: &Path) -> Result<()> {
+    copy_external(model, &external::locations(model)?, out, Durability::OnDisk)?;
+    model.write(model.patched(patch)?, out)
+}
+
+/// The change from the adapters of `old` to those of `record` and `added`, which become active; `record` is brought up
+/// to date with what the new file holds.
+pub(crate) fn rewrite(
     model: &Model,
-    options: &InjectOptions,
-    chosen: &[&Linear],
-    names: &mut Names,
-    patch: &mut Patch,
-    rng: &mut ChaCha8Rng,
-) -> Result<AdapterRecord> {
-    let (adapter, r) = (options.adapter_name.as_str(), options.config.r);
-    let mut record = AdapterRecord {
-        name: adapter.into(),
-        config: options.config.clone(),
-        targets: Vec::new(),
-        constants: Vec::new(),
-    };
-    let main = Scope::new();
-    // One selection constant for each input width, one block for each module (its calls share it).
-    let mut selections: BTreeMap<usize, String> = BTreeMap::new();
-    for (module, calls) in by_module(chosen) {
-        let first = calls[0];
-        let (inputs, outputs) = (first.in_features, first.out_features);
-        if r.saturating_mul(inputs.max(outputs)) > MAX_SIZE {
-            return Err(Error::config(format!("r = {r} is too large for module {module} ({inputs} → {outputs})")));
-        }
-        let prefix = format!("{module}.bone.{adapter}");
-        let selection = match selections.get(&inputs) {
-            Some(name) => name.clone(),
-            None => {
-                let name = names.fresh(&format!("bone.{adapter}.select.{inputs}x{r}"));
-                add_initializer(model, patch, bone::selection(&name, inputs, r), &[inputs, r]);
-                record.constants.push(name.clone());
-                selections.insert(inputs, name.clone());
-                name
-            }
-        };
-        let parameter = names.fresh(&format!("{module}.bone_block.{adapter}"));
-        let block = bone::init(options.config.init_weights, r, outputs, rng);
-        add_initializer(model, patch, Tensor::from(block.into_dyn()).to_proto(&parameter), &[r, outputs]);
-        let mut target = TargetRecord {
-            module: module.clone(),
-            parameter,
-            in_features: inputs,
-            out_features: outputs,
-            calls: Vec::new(),
-        };
-        for linear in calls {
-            let graph = model.graph_at(&linear.scope).ok_or_else(|| Error::model("a graph is gone"))?;
-            let base = &graph.node[linear.node];
-            let (Some(x), Some(output)) = (base.input_at(0), base.output_at(0)) else { continue };
-            let base_output = names.fresh(&format!("{output}.base"));
-            let nodes = bone::branch(
-                &bone::Branch {
-                    prefix: &prefix,
-                    x,
-                    transposed: linear.trans_a,
-                    selection: &selection,
-                    block: &target.parameter,
-                    base_output: &base_output,
-                    output,
-                },
-                names,
-            );
-            target.calls.push(CallRecord {
-                output: output.into(),
-                base_output: base_output.clone(),
-                nodes: nodes.iter().map(|n| n.name().to_string()).collect(),
+    base: &Base,
+    old: Option<&Injection>,
+    record: &mut Injection,
+    added: &[Adapter],
+    summary: &mut InjectSummary,
+) -> Result<Patch> {
+    let linears = base.linears();
+    let mut names = taken_names(base, record);
+    let mut values: Vec<(String, Tensor)> = Vec::new();
+    for adapter in added {
+        let site = place::Site { model, base, linears: &linears };
+        let (placed, tensors) = site.place(adapter, &mut names)?;
+        summary.describe(&placed, &tensors, &linears);
+        values.extend(tensors);
+        record.active.push(placed.name.clone());
+        record.adapters.push(placed);
+    }
+    let keep: HashSet<&str> = record.adapters.iter().flat_map(AdapterRecord::parameters).collect();
+    let mut patch = old.map(|old| strip(model, old, &keep)).transpose()?.unwrap_or_default();
+    let emission = emit(base, record, &mut names, Form::Served)?;
+    emission.patch(base, &mut patch);
+    for tensor in emission.constants {
+        add_initializer(&model.proto, &mut patch, tensor, false);
+    }
+    for (name, value) in values {
+        add_initializer(&model.proto, &mut patch, value.to_proto(&name), record.overridable);
+    }
+    record.written = emission.written;
+    summary.active = record.active.clone();
+    if !record.adapters.is_empty() || record.head.is_some() {
+        note(&mut patch, record)?;
+    }
+    Ok(patch)
+}
+
+/// Puts the record into the model's metadata.
+fn note(patch: &mut Patch, record: &Injection) -> Result<()> {
+    let json = serde_json::to_string(record).map_err(|e| Error::model(format!("the record cannot be written: {e}")))?;
+    patch.set_metadata.retain(|(key, _)| key != METADATA_KEY);
+    patch.set_metadata.push((METADATA_KEY.into(), json));
+    Ok(())
+}
+
+/// Names in use in the base, by parameters and by a head.
+fn taken_names(base: &Base, record: &Injection) -> Names {
+    let mut names = Names::of(&base.proto);
+    names.take(record.adapters.iter().flat_map(AdapterRecord::parameters));
+    names
+}
+
+impl InjectSummary {
+    fn describe(&mut self, record: &AdapterRecord, values: &[(String, Tensor)], linears: &[select::Linear]) {
+        let value = |name: &str| values.iter().find(|(n, _)| n == name).map(|(_, v)| v);
+        for target in &record.targets {
+            let calls = linears.iter().filter(|l| l.path == target.module);
+            self.targets.push(InjectedLayer {
+                module: target.module.clone(),
+                nodes: calls.map(|l| l.node_name.clone()).collect(),
+                parameter: target.parameter.clone(),
+                shape: value(&target.parameter).map(|v| v.dims().to_vec()).unwrap_or_default(),
+                in_features: target.in_features,
+                out_features: target.out_features,
             });
-            let graph = patch.graph(&linear.scope);
-            graph.rename_output(linear.node, 0, &base_output);
-            graph.insert_after.insert(linear.node, nodes);
         }
-        record.targets.push(target);
+        self.saved.extend(record.saved.iter().map(|s| s.path.clone()));
+        self.trainable_parameters += values.iter().map(|(_, v)| v.len()).sum::<usize>();
     }
-    patch.graph(&main);
-    Ok(record)
 }
 
-/// Chosen layers by module, in file order. Nodes that call one module share a weight; should two layers have the same
-/// path but different weights, they stay apart.
-fn by_module<'a>(chosen: &[&'a Linear]) -> Vec<(String, Vec<&'a Linear>)> {
-    let mut groups: Vec<(String, Vec<&Linear>)> = Vec::new();
-    for linear in chosen {
-        let same = |group: &&mut (String, Vec<&Linear>)| {
-            let first = group.1[0];
-            group.0 == linear.path
-                && first.weight.source == linear.weight.source
-                && (first.in_features, first.out_features) == (linear.in_features, linear.out_features)
-        };
-        match groups.iter_mut().find(same) {
-            Some(group) => group.1.push(linear),
-            None => groups.push((linear.path.clone(), vec![linear])),
-        }
+fn check_free(model: &Model, record: &Injection, name: &str) -> Result<()> {
+    match record.adapter(name) {
+        Some(taken) => Err(Error::file(
+            &model.path,
+            format!(
+                "adapter {:?} is already in it (r = {}, {} layers); give this one a name of its own with \
+                 --adapter-name, or delete that one first: `bone-onnx adapter delete`",
+                taken.name,
+                taken.config.r,
+                taken.targets.len()
+            ),
+        )),
+        None => Ok(()),
     }
-    groups
-}
-
-/// Adds an initializer to the main graph; before IR 4 every initializer has to be a graph input as well.
-fn add_initializer(model: &Model, patch: &mut Patch, tensor: crate::onnx::TensorProto, dims: &[usize]) {
-    let main = patch.graph(&Scope::new());
-    if model.proto.ir_version() < 4 {
-        let dims: Vec<String> = dims.iter().map(usize::to_string).collect();
-        let dims: Vec<&str> = dims.iter().map(String::as_str).collect();
-        main.add_inputs.push(value_info(tensor.name(), DataType::Float, &dims));
-    }
-    main.add_initializers.push(tensor.into());
 }
 
 fn check_name(name: &str) -> Result<()> {
-    if name.is_empty() || name.contains(['/', '\\', '.']) || name.chars().any(char::is_control) {
+    if name.is_empty() || name.contains(['/', '\\', '.', ',']) || name.chars().any(char::is_control) {
         return Err(Error::config(format!(
-            "adapter name {name:?} cannot be used: it becomes part of parameter and file names, so no dot, slash or \
-             control character"
+            "adapter name {name:?} cannot be used: it becomes part of parameter and file names, so no dot, comma, \
+             slash or control character"
         )));
     }
     Ok(())

@@ -115,7 +115,11 @@ impl Model {
 
     /// A copy of the schema with external tensors drawn in, for engines that take the model from memory.
     pub fn to_inline(&self) -> Result<ModelProto> {
-        let mut proto = self.proto.clone();
+        self.inlined(self.proto.clone())
+    }
+
+    /// `proto`, which was made from this model's, with external tensors drawn in.
+    pub fn inlined(&self, mut proto: ModelProto) -> Result<ModelProto> {
         if let Some(graph) = &mut proto.graph {
             self.inline(graph)?;
         }

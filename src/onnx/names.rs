@@ -28,6 +28,11 @@ impl Names {
         self.0.contains(name)
     }
 
+    /// Marks `names` as taken.
+    pub fn take<'a>(&mut self, names: impl IntoIterator<Item = &'a str>) {
+        self.0.extend(names.into_iter().map(str::to_string));
+    }
+
     /// `wanted` itself where it is free, else `wanted_1`, `wanted_2`, …; taken from then on.
     pub fn fresh(&mut self, wanted: &str) -> String {
         let mut name = wanted.to_string();

@@ -47,6 +47,8 @@ pub struct GraphPatch {
     /// New names of inputs and outputs of a node, whose other bytes stay as they are.
     renames: BTreeMap<usize, Vec<(u32, usize, String)>>,
     pub drop_nodes: BTreeSet<usize>,
+    /// New nodes right before the one with this index.
+    pub insert_before: BTreeMap<usize, Vec<NodeProto>>,
     /// New nodes right after the one with this index.
     pub insert_after: BTreeMap<usize, Vec<NodeProto>>,
     /// New nodes at the end.
@@ -206,6 +208,9 @@ impl Patch {
     ) -> Result<(), String> {
         if patch.drop_nodes.contains(&index) {
             return Ok(());
+        }
+        for node in patch.insert_before.remove(&index).unwrap_or_default() {
+            rope.append(wire::field(GRAPH_NODE, &node));
         }
         let mut body = patch.replace_nodes.remove(&index);
         for (field, nth, name) in patch.renames.remove(&index).unwrap_or_default() {

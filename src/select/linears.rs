@@ -216,7 +216,7 @@ fn adaptable(
         let stored = data_type_name(data_type);
         return Err(format!("its weight {} (stored as {stored}) {how} before it is used", weight.root.1));
     }
-    if data_type != DataType::Float {
+    if !matches!(data_type, DataType::Float | DataType::Float16 | DataType::Bfloat16) {
         let stored = data_type_name(data_type);
         return Err(format!("its weight {} is {stored}, and only float32 weights are adapted", weight.root.1));
     }

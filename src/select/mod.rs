@@ -4,6 +4,7 @@ mod constant;
 mod linears;
 mod matching;
 mod module_path;
+mod parameters;
 mod selection;
 mod values;
 
@@ -11,6 +12,7 @@ pub use constant::{Source, Step};
 pub use linears::{Linear, Weight, linears, linears_of};
 pub use matching::{Matcher, Verdict, Version};
 pub use module_path::NameRule;
+pub use parameters::*;
 pub use selection::{Selection, select, select_as};
 
 #[cfg(test)]

@@ -41,21 +41,16 @@ const EXCLUDED: &str = "named by exclude_modules";
 
 /// [`select_as`] by today's rules.
 pub fn select(linears: &[Linear], config: &BoneConfig) -> Result<Selection> {
-    select_as(linears, config, &[], Version::default())
+    select_as(linears, config, Version::default())
 }
 
 /// The layers that `config` means; those in `modules_to_save` are trained in full elsewhere and left out.
 ///
 /// # Errors
 /// No layer is meant (the message lists those there are), or one that was named takes no adapter.
-pub fn select_as(
-    linears: &[Linear],
-    config: &BoneConfig,
-    modules_to_save: &[String],
-    version: Version,
-) -> Result<Selection> {
+pub fn select_as(linears: &[Linear], config: &BoneConfig, version: Version) -> Result<Selection> {
     config.validate()?;
-    let matcher = Matcher::new(config, modules_to_save, version)?;
+    let matcher = Matcher::new(config, &config.saved_modules(), version)?;
     let targets = config.target_modules.as_ref();
     let is_all = targets.is_some_and(TargetModules::is_all_linear);
     let mut selection = Selection::default();
@@ -351,7 +346,8 @@ mod tests {
         chosen.exclude_modules = Some(TargetModules::List(vec!["nothing".into()]));
         let selection = select(&linears, &chosen).unwrap();
         assert!(selection.warnings.iter().any(|w| w.contains("exclude_modules names no")), "{:?}", selection.warnings);
-        let saved = select_as(&linears, &pattern("all-linear"), &["pooler".into()], Version::default()).unwrap();
+        let saving = BoneConfig { modules_to_save: Some(vec!["pooler".into()]), ..pattern("all-linear") };
+        let saved = select(&linears, &saving).unwrap();
         assert_eq!((saved.chosen.len(), saved.left_out.len()), (13, 1));
     }
 

@@ -7,6 +7,7 @@ use super::form;
 use super::loss::{self, Loss, LossNames};
 use crate::adapter::Injection;
 use crate::autodiff::{self, Request, Rules, Seed};
+use crate::base::Base;
 use crate::engine::{Engine, LoadOptions, Session};
 use crate::onnx::upgrade::upgrade;
 use crate::onnx::{DataType, Model, ModelProto, Tensor, value_info};
@@ -23,7 +24,7 @@ pub struct Parameter {
     pub index: usize,
     /// True for a layer trained in full.
     pub full: bool,
-    /// False for biases of layers trained in full, which weight decay leaves alone (as transformers' Trainer does).
+    /// False for biases and norms, which weight decay leaves alone (as transformers' Trainer does).
     pub decays: bool,
     /// float32, its value by now.
     pub value: Tensor,
@@ -44,14 +45,15 @@ impl Parameter {
     }
 }
 
-/// All that training changes, with the values that the file starts from.
+/// All that training changes where the adapters `trained` learn, with the values that the file starts from. Weight
+/// decay leaves vectors (biases, norms) alone unless `decay_all`.
 ///
 /// # Errors
 /// A parameter of the record that is no float32 initializer of the main graph.
-pub fn parameters(model: &Model, injection: &Injection) -> Result<Vec<Parameter>> {
+pub fn parameters(model: &Model, injection: &Injection, trained: &[String], decay_all: bool) -> Result<Vec<Parameter>> {
     let graph = model.graph();
     injection
-        .trainable()
+        .trainable(trained)
         .into_iter()
         .map(|trainable| {
             let name = trainable.name;
@@ -62,10 +64,21 @@ pub fn parameters(model: &Model, injection: &Injection) -> Result<Vec<Parameter>
             if value.data_type() != DataType::Float {
                 return Err(Error::file(&model.path, format!("parameter {name} is not float32; only that is trained")));
             }
-            let decays = injection.head.as_ref().is_none_or(|h| h.bias != name);
+            // Biases and norms are vectors; blocks and weights are not.
+            let decays = decay_all || value.dims().len() > 1;
             Ok(Parameter { name, index, full: trainable.full, decays, value })
         })
         .collect()
+}
+
+/// Who learns in a model.
+#[derive(Clone, Copy)]
+pub struct Learners<'a> {
+    pub injection: &'a Injection,
+    /// The active adapters that train; others stay as they are.
+    pub trained: &'a [String],
+    /// Seed of the masks of `miss_dropout`; `None`: nothing drops out, as in an evaluation.
+    pub dropout: Option<u64>,
 }
 
 /// A loss over a model whose parameters are inputs, ready to be loaded with or without gradients.
@@ -82,15 +95,21 @@ impl LossModel {
     /// Puts `loss` behind `output` of the injected model; labels have rank `label_rank`.
     pub fn new(
         model: &Model,
-        injection: &Injection,
+        learners: Learners,
         parameters: &[Parameter],
         loss: Loss,
         output: &Field,
         label_rank: usize,
     ) -> Result<Self> {
-        let mut proto = model.to_inline()?;
+        let injection = learners.injection;
+        let base = Base::of(model, Some(injection))?.proto.into_owned();
+        let mut proto = model.inlined(base)?;
+        // Frozen adapters stay constants.
+        let held: HashSet<&str> = injection.adapters.iter().flat_map(|a| a.parameters()).collect();
+        let held = model.graph().initializer.iter().filter(|t| held.contains(t.name()));
+        proto.graph.iter_mut().for_each(|g| g.initializer.extend(held.clone().cloned()));
         upgrade(&mut proto, OPSET)?;
-        let rules = form::training_form(&mut proto, injection);
+        let rules = form::training_form(&mut proto, &learners)?;
         promote(&mut proto, parameters);
         let names = loss::append(&mut proto, loss, output, label_rank)?;
         if let Some(graph) = &mut proto.graph {

@@ -30,7 +30,7 @@ use crate::onnx::shape::{Dim, Shapes};
 use crate::onnx::{DataType, Model, ValueInfoProto, data_type_name};
 use crate::{Error, Result, did_you_mean};
 use data::{Axis, Batches, Dataset, Feed, Field, Labels, ReadOptions};
-use graph::{ForwardSession, GradientSession, LossModel, Parameter};
+use graph::{ForwardSession, GradientSession, Learners, LossModel, Parameter};
 use optimizer::{Group, Optimizer, Scale, clip_factor, global_norm};
 use schedule::Schedule;
 
@@ -86,7 +86,8 @@ pub struct Summary {
 pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress: &mut dyn Progress) -> Result<Summary> {
     options.validate()?;
     let injection = Injection::expect(model)?;
-    let parameters = graph::parameters(model, &injection)?;
+    let trained = trained(&injection, options.adapter_names.as_deref())?;
+    let parameters = graph::parameters(model, &injection, &trained, options.decay_all)?;
     if parameters.is_empty() {
         return Err(Error::file(&model.path, "nothing in it is trainable; inject an adapter or a head first"));
     }
@@ -112,13 +113,19 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     let eval_feed = eval_set.as_ref().map(|set| checked_feed(set, &inputs, &labels)).transpose()?;
     let batch_size = batch_size(&inputs, options.batch_size, std::iter::once(&feed).chain(&eval_feed))?;
 
-    let loss_model = LossModel::new(model, &injection, &parameters, options.loss, &output, feed.label_rank())?;
-    let gradient = loss_model.gradient(engine, &options.load)?;
+    let drops_out = injection.active().any(|a| trained.contains(&a.name) && a.config.miss_dropout > 0.0);
+    let loss_model = |dropout| {
+        let learners = Learners { injection: &injection, trained: &trained, dropout };
+        LossModel::new(model, learners, &parameters, options.loss, &output, feed.label_rank())
+    };
+    let training = loss_model(drops_out.then_some(options.seed))?;
+    let gradient = training.gradient(engine, &options.load)?;
     let eval = match eval_feed {
-        Some(feed) => Some((loss_model.forward(engine, &options.load)?, feed)),
+        Some(feed) if drops_out => Some((loss_model(None)?.forward(engine, &options.load)?, feed)),
+        Some(feed) => Some((training.forward(engine, &options.load)?, feed)),
         None => None,
     };
-    drop(loss_model);
+    drop(training);
 
     std::fs::create_dir_all(&options.out).map_err(Error::io("create", &options.out))?;
     if let Some(names) = &dataset.label_names {
@@ -156,7 +163,7 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     // Whatever ended the run, the steps that were taken are kept.
     if !trainer.steps.is_empty() {
         save::injected(model, &trainer.parameters, &injected)?;
-        save::adapters(&injection, &trainer.parameters, &adapter)?;
+        save::adapters(model, &injection, &trainer.parameters, &adapter)?;
         let title = format!("Training loss ({})", output.name);
         let picture = curve::svg(&title, &trainer.steps, &trainer.evals)
             .map_err(|what| Error::model(format!("the loss curve could not be drawn: {what}")))?;
@@ -299,6 +306,21 @@ fn batch_size<'a>(inputs: &[Field], wanted: Option<usize>, feeds: impl Iterator<
         }
     }
     Ok(fixed)
+}
+
+/// The adapters that learn: those named, else all that are active.
+fn trained(injection: &Injection, wanted: Option<&[String]>) -> Result<Vec<String>> {
+    let Some(wanted) = wanted else { return Ok(injection.active.clone()) };
+    for name in wanted {
+        injection.named(name)?;
+        if !injection.active.contains(name) {
+            return Err(Error::config(format!(
+                "adapter {name} is not active, so nothing it learns could have an effect; activate it first: \
+                 `bone-onnx adapter activate --adapters {name}`"
+            )));
+        }
+    }
+    Ok(wanted.to_vec())
 }
 
 /// The output to train: the one named, else the head's, else the only one.

@@ -40,6 +40,8 @@ pub struct TrainOptions {
     pub eval_data: Option<PathBuf>,
     pub eval_strategy: EvalStrategy,
     pub loss: Loss,
+    /// Those of the active adapters that learn, the others staying as they are; `None`: all.
+    pub adapter_names: Option<Vec<String>>,
     /// The output that is trained; `None`: the head's, or the model's only one.
     pub output: Option<String>,
     /// Name of the array with the labels.
@@ -51,6 +53,8 @@ pub struct TrainOptions {
     /// Peak learning rate of layers trained in full; `None`: as `lr`.
     pub head_lr: Option<f64>,
     pub weight_decay: f64,
+    /// Weight decay on biases and norms, too (as torch's AdamW over all parameters; transformers leaves them alone).
+    pub decay_all: bool,
     pub schedule: Shape,
     pub warmup_steps: usize,
     /// Gradients are clipped to this global norm.
@@ -75,6 +79,7 @@ impl TrainOptions {
             eval_data: None,
             eval_strategy: EvalStrategy::Epoch,
             loss,
+            adapter_names: None,
             output: None,
             labels: "labels".into(),
             text: TextOptions::default(),
@@ -82,6 +87,7 @@ impl TrainOptions {
             lr: 1e-3,
             head_lr: None,
             weight_decay: 0.0,
+            decay_all: false,
             schedule: Shape::Constant,
             warmup_steps: 0,
             max_grad_norm: None,

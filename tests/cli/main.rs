@@ -361,7 +361,7 @@ fn a_record_that_makes_no_sense() {
         text.replace("\"base_output\":\"h.base\"", "\"base_output\":\"m.base\""),
         text.replace("\"output\":\"h\"", "\"output\":\"h.base\""),
         text.replace("\"format\":1", "\"format\":2"),
-        text.replace("fc1.bone_block.default", "fc9.bone_block.default"),
+        text.replace("fc1.miss_block.default", "fc9.miss_block.default"),
         text[..text.len() / 2].to_string(),
     ];
     arrays(&path, "data.safetensors", (&[8, 6], vec![0.5; 48]), vec![0; 8]);

@@ -1,25 +1,45 @@
-//! PEFT's truth for one layer: all f32 Bone cases of `goldens/layer_bone` as MatMul and as Gemm.
+//! PEFT's truth for one layer: every case of `goldens/layer_bone` and `goldens/layer_miss` (all variants, stacks in both
+//! orders, float32, float16 and bfloat16), as Gemm and as MatMul: output, gradients, merged and unmerged weight.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use bone_onnx::adapter::{BoneConfig, Injection, TargetModules};
+use bone_onnx::adapter::{Adapter, BoneConfig, Injection, PeftType, TargetModules};
 use bone_onnx::autodiff::{Request, Seed, gradient};
 use bone_onnx::engine::LoadOptions;
 use bone_onnx::fold::{FoldOptions, fold};
-use bone_onnx::inject::{InjectOptions, inject};
+use bone_onnx::inject::{activate, import, write};
 use bone_onnx::onnx::proto::OperatorSetIdProto;
 use bone_onnx::onnx::{AttributeProto, DataType, GraphProto, Model, ModelProto, Tensor, node, value_info};
 use prost::Message;
-use safetensors::SafeTensors;
-use serde_json::Value;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
 
 use crate::common::{engine, run, shared, worst};
 
 fn array(file: &SafeTensors, name: &str) -> Option<Tensor> {
     let view = file.tensor(name).ok()?;
-    (view.dtype() == safetensors::Dtype::F32)
-        .then(|| Tensor::from_bytes(DataType::Float, view.shape(), view.data()).expect("a tensor"))
+    let data_type = match view.dtype() {
+        Dtype::F32 => DataType::Float,
+        Dtype::F16 => DataType::Float16,
+        Dtype::BF16 => DataType::Bfloat16,
+        other => panic!("{name} holds {other:?}"),
+    };
+    Some(Tensor::from_bytes(data_type, view.shape(), view.data()).expect("a tensor"))
+}
+
+/// As float32.
+fn wide(tensor: &Tensor) -> Tensor {
+    Tensor::new(tensor.dims(), tensor.to_f64().into_iter().map(|v| v as f32).collect())
+}
+
+fn turned(tensor: &Tensor) -> Tensor {
+    match tensor {
+        Tensor::F32(a) => Tensor::F32(a.t().as_standard_layout().into_owned()),
+        Tensor::F16(a) => Tensor::F16(a.t().as_standard_layout().into_owned()),
+        Tensor::Bf16(a) => Tensor::Bf16(a.t().as_standard_layout().into_owned()),
+        _ => panic!("a float matrix"),
+    }
 }
 
 /// The layer as ONNX: Gemm over the rows with W as torch has it, or MatMul with Wᵀ and an Add.
@@ -27,12 +47,12 @@ fn layer(gemm: bool, w: &Tensor, b: Option<&Tensor>, x: &Tensor) -> ModelProto {
     let (out, inp) = (w.dims()[0], w.dims()[1]);
     let mut graph = GraphProto { name: Some("layer".into()), ..Default::default() };
     let leading: Vec<String> = x.dims()[..x.dims().len() - 1].iter().map(usize::to_string).collect();
-    let shape = |last: usize| leading.iter().cloned().chain([last.to_string()]).collect::<Vec<_>>();
-    let (sx, sy) = (shape(inp), shape(out));
-    let info =
-        |name: &str, s: &[String]| value_info(name, DataType::Float, &s.iter().map(String::as_str).collect::<Vec<_>>());
-    graph.input.push(info("x", &sx));
-    graph.output.push(info("y", &sy));
+    let info = |name: &str, last: usize| {
+        let dims: Vec<String> = leading.iter().cloned().chain([last.to_string()]).collect();
+        value_info(name, w.data_type(), &dims.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    graph.input.push(info("x", inp));
+    graph.output.push(info("y", out));
     if let Some(b) = b {
         graph.initializer.push(b.to_proto("fc.bias"));
     }
@@ -44,8 +64,7 @@ fn layer(gemm: bool, w: &Tensor, b: Option<&Tensor>, x: &Tensor) -> ModelProto {
         gemm.name = Some("/fc/Gemm".into());
         graph.node.push(gemm);
     } else {
-        let Tensor::F32(array) = w else { panic!("f32") };
-        graph.initializer.push(Tensor::F32(array.t().as_standard_layout().into_owned()).to_proto("onnx::MatMul_1"));
+        graph.initializer.push(turned(w).to_proto("onnx::MatMul_1"));
         let product = if b.is_some() { "p" } else { "y" };
         let mut multiply = node("MatMul", &["x", "onnx::MatMul_1"], &[product]);
         multiply.name = Some("/fc/MatMul".into());
@@ -62,117 +81,219 @@ fn layer(gemm: bool, w: &Tensor, b: Option<&Tensor>, x: &Tensor) -> ModelProto {
     }
 }
 
-fn set(path: &Path, values: &BTreeMap<String, Tensor>) {
-    let mut proto = ModelProto::decode(std::fs::read(path).expect("a file").as_slice()).expect("a model");
-    for tensor in &mut proto.graph.as_mut().expect("a graph").initializer {
-        if let Some(value) = values.get(tensor.name()) {
-            *tensor = value.to_proto(tensor.name());
+/// A case: what PEFT was given and what it gave.
+struct Case<'a> {
+    name: &'a str,
+    about: &'a Value,
+    file: &'a SafeTensors<'a>,
+    peft_type: PeftType,
+}
+
+impl Case<'_> {
+    fn get(&self, what: &str) -> Option<Tensor> {
+        array(self.file, &format!("{}/{what}", self.name))
+    }
+
+    /// The orders that PEFT was asked for, such as `default` or `alpha+gamma`.
+    fn orders(&self) -> Vec<String> {
+        let prefix = format!("{}/y.", self.name);
+        self.file.names().into_iter().filter_map(|n| n.strip_prefix(&prefix).map(str::to_string)).collect()
+    }
+
+    fn config(&self, r: u64) -> BoneConfig {
+        let mut fields = json!({"r": r, "init_weights": self.about["init_weights"]});
+        for key in ["mini_r", "miss_dropout"] {
+            fields[key] = self.about[key].clone();
+        }
+        let mut config = BoneConfig::from_json(&fields, &mut Vec::new()).expect("a config");
+        config.peft_type = self.peft_type;
+        config.target_modules = Some(TargetModules::List(vec!["fc".into()]));
+        config
+    }
+
+    /// The adapters, with the values that PEFT had.
+    fn adapters(&self) -> Vec<Adapter> {
+        let list = self.about["adapters"].as_array().expect("adapters");
+        list.iter()
+            .map(|about| {
+                let name = about["name"].as_str().expect("a name");
+                let block = wide(&self.get(&format!("B.{name}")).expect("B"));
+                Adapter {
+                    name: name.into(),
+                    config: self.config(about["r"].as_u64().expect("r")),
+                    blocks: BTreeMap::from([("fc".to_string(), block)]),
+                    saved: BTreeMap::new(),
+                }
+            })
+            .collect()
+    }
+}
+
+fn each_case(check: impl Fn(&Case)) -> usize {
+    let mut seen = 0;
+    for (stem, peft_type) in [("layer_bone", PeftType::Bone), ("layer_miss", PeftType::Miss)] {
+        let bytes = std::fs::read(shared(&format!("goldens/{stem}.safetensors"))).expect("the vectors");
+        let file = SafeTensors::deserialize(&bytes).expect("safetensors");
+        let json = std::fs::read(shared(&format!("goldens/{stem}.json"))).expect("the cases");
+        let json: Value = serde_json::from_slice(&json).expect("json");
+        for (name, about) in json["cases"].as_object().expect("cases") {
+            check(&Case { name, about, file: &file, peft_type });
+            seen += 1;
         }
     }
-    std::fs::write(path, proto.encode_to_vec()).expect("a file");
+    seen
+}
+
+/// How far a result may be off: in float32 the reference's 1e-5; a half type is as fine as its own steps, and PEFT's
+/// values have been rounded to it as ours have.
+fn tolerance(data_type: DataType, theirs: &Tensor) -> f64 {
+    let largest = theirs.to_f64().iter().fold(1.0f64, |m, v| m.max(v.abs()));
+    let step = |bits: i32| 2f64.powi(largest.log2().floor() as i32 - bits);
+    match data_type {
+        DataType::Float16 => 2.0 * step(10),
+        DataType::Bfloat16 => 2.0 * step(7),
+        _ => 1e-5,
+    }
 }
 
 #[test]
-fn every_f32_bone_layer_is_pefts() {
-    let bytes = std::fs::read(shared("goldens/layer_bone.safetensors")).expect("the vectors");
-    let file = SafeTensors::deserialize(&bytes).expect("safetensors");
-    let json: Value =
-        serde_json::from_slice(&std::fs::read(shared("goldens/layer_bone.json")).expect("the cases")).expect("json");
-    let mut seen = 0;
-    for (case, about) in json["cases"].as_object().expect("cases") {
-        if !case.starts_with("bone_") || about["base_dtype"] != "torch.float32" {
-            continue;
+fn every_layer_computes_and_learns_as_pefts() {
+    let seen = each_case(|case| {
+        // Its output is that of one dropout mask: `train/form.rs` takes this one.
+        if case.about["miss_dropout"].as_f64().unwrap_or(0.0) > 0.0 {
+            return;
         }
-        let get = |name: &str| array(&file, &format!("{case}/{name}"));
-        let adapters: Vec<(String, usize)> = about["adapters"]
-            .as_array()
-            .expect("adapters")
-            .iter()
-            .map(|a| (a["name"].as_str().expect("a name").to_string(), a["r"].as_u64().expect("r") as usize))
-            .collect();
-        // The orders that PEFT was asked for, such as "default" or "alpha+gamma".
-        let orders: Vec<String> = file
-            .names()
-            .into_iter()
-            .filter_map(|n| n.strip_prefix(&format!("{case}/y.")).map(str::to_string))
-            .collect();
-        assert!(!orders.is_empty(), "{case}");
-        for order in &orders {
+        // No engine here multiplies bfloat16 matrices on a CPU; the layer is then computed in float32.
+        let widen = case.about["base_dtype"] == "torch.bfloat16";
+        let load = |what: &str| case.get(what).map(|t| if widen { wide(&t) } else { t });
+        let x = load("x").expect("x");
+        for order in case.orders() {
             for gemm in [true, false] {
-                let x = get("x").expect("x");
                 if gemm && x.dims().len() != 2 {
                     continue;
                 }
-                check(case, order, gemm, &adapters, &get);
-                seen += 1;
+                let what = format!("{} {order} {}", case.name, if gemm { "Gemm" } else { "MatMul" });
+                let dir = tempfile::tempdir().expect("a directory");
+                let proto = layer(gemm, &load("W").expect("W"), load("b").as_ref(), &x);
+                let path = injected(case, &order, &proto, dir.path());
+                let close = |name: String, ours: &Tensor, data_type: DataType| {
+                    let theirs = case.get(&name).unwrap_or_else(|| panic!("{what}: no {name}"));
+                    let (off, allowed) = (worst(&wide(ours), &wide(&theirs)), tolerance(data_type, &theirs));
+                    assert!(off <= allowed, "{what}: {name} is off by {off}, allowed is {allowed}");
+                };
+                let base_type = case.get("x").expect("x").data_type();
+                let inputs = BTreeMap::from([("x".to_string(), x.clone())]);
+                close(format!("y.{order}"), &run(&path, &inputs)[0], base_type);
+                // PEFT cannot merge r > in; the folded layer then has the injected one's output to give.
+                let merged = folded(&path, dir.path());
+                let y = run(&merged, &inputs);
+                close(format!("y.{order}"), &y[0], base_type);
+                if case.get(&format!("y_merged.{order}")).is_some() {
+                    close(format!("y_merged.{order}"), &y[0], base_type);
+                }
+                for (name, ours) in gradients(&path, &x, &load("gy").expect("gy"), &order) {
+                    close(name, &ours, base_type);
+                }
             }
         }
-    }
-    assert!(seen >= 14, "only {seen} cases");
+    });
+    assert_eq!(seen, 25);
 }
 
-fn check(case: &str, order: &str, gemm: bool, adapters: &[(String, usize)], get: &dyn Fn(&str) -> Option<Tensor>) {
-    let what = format!("{case} {order} {}", if gemm { "Gemm" } else { "MatMul" });
-    let dir = tempfile::tempdir().expect("a directory");
-    let path = dir.path().join("model.onnx");
-    let (w, b, x, gy) = (get("W").expect("W"), get("b"), get("x").expect("x"), get("gy").expect("gy"));
-    std::fs::write(&path, layer(gemm, &w, b.as_ref(), &x).encode_to_vec()).expect("a file");
-    let active: Vec<&(String, usize)> =
-        order.split(['+', ',', '_']).filter_map(|name| adapters.iter().find(|a| a.0 == name)).collect();
-    assert!(!active.is_empty(), "{what}: no adapter in the order");
-    for (name, r) in &active {
-        let config =
-            BoneConfig { r: *r, target_modules: Some(TargetModules::List(vec!["fc".into()])), ..Default::default() };
+/// The layer with all of a case's adapters, those of `order` active in that order.
+fn injected(case: &Case, order: &str, proto: &ModelProto, dir: &Path) -> std::path::PathBuf {
+    let path = dir.join("model.onnx");
+    std::fs::write(&path, proto.encode_to_vec()).expect("a file");
+    for adapter in case.adapters() {
         let model = Model::open(&path).expect("a model");
-        let options = InjectOptions { adapter_name: name.clone(), config, ..Default::default() };
-        inject(&model, &options).and_then(|i| i.write(&model, &path)).expect("an injection");
-        set(&path, &BTreeMap::from([(format!("fc.bone_block.{name}"), get(&format!("B.{name}")).expect("B"))]));
+        import(&model, adapter, false, false).and_then(|i| i.write(&model, &path)).expect("an import");
     }
-
-    let close = |name: &str, ours: &Tensor| {
-        let theirs = get(name).unwrap_or_else(|| panic!("{what}: no {name}"));
-        let off = worst(ours, &theirs);
-        assert!(off <= 1e-5, "{what}: {name} is off by {off}");
-    };
-    let inputs = BTreeMap::from([("x".to_string(), x.clone())]);
-    close(&format!("y.{order}"), &run(&path, &inputs)[0]);
-
-    // Gradients by our own reverse mode, at both optimization levels.
     let model = Model::open(&path).expect("a model");
+    let names: Vec<String> = order.split('+').map(str::to_string).collect();
+    write(&model, activate(&model, &names).expect("the order"), &path).expect("a file");
+    path
+}
+
+fn folded(path: &Path, dir: &Path) -> std::path::PathBuf {
+    let merged = dir.join("merged.onnx");
+    let model = Model::open(path).expect("a model");
+    let options = FoldOptions { safe: true, ..FoldOptions::default() };
+    fold(&model, &options, &merged).and_then(|f| f.write(&model, &merged)).expect("a fold");
+    merged
+}
+
+/// Gradients by our own reverse mode, at both optimization levels, under the goldens' names.
+fn gradients(path: &Path, x: &Tensor, gy: &Tensor, order: &str) -> Vec<(String, Tensor)> {
+    let model = Model::open(path).expect("a model");
+    let record = Injection::expect(&model).expect("a record");
     let mut wrt = vec!["x".to_string()];
-    wrt.extend(Injection::expect(&model).expect("a record").trainable().into_iter().map(|t| t.name));
+    let mut names = vec![format!("gx.{order}")];
+    for name in order.split('+') {
+        wrt.push(record.named(name).expect("an adapter").targets[0].parameter.clone());
+        names.push(format!("gB.{order}.{name}"));
+    }
     let request = Request { of: vec![("y".into(), Seed::Input)], wrt, ..Default::default() };
     let grad = gradient(&model.proto, &request).expect("a gradient");
+    let wanted: Vec<&str> = grad.gradients.iter().map(String::as_str).collect();
+    let mut results = Vec::new();
     for optimize in [true, false] {
         let mut session = engine().load(&grad.model, &LoadOptions { threads: Some(1), optimize }).expect("a session");
-        let wanted: Vec<&str> = grad.gradients.iter().map(String::as_str).collect();
-        let got = session.run(&[("x", &x), ("y.seed", &gy)], &wanted).expect("gradients");
-        close(&format!("gx.{order}"), &got[0]);
-        for ((name, _), ours) in active.iter().zip(&got[1..]) {
-            close(&format!("gB.{order}.{name}"), ours);
-        }
+        let got = session.run(&[("x", x), ("y.seed", gy)], &wanted).expect("gradients");
+        results.extend(names.iter().cloned().zip(got));
     }
+    results
+}
 
-    // PEFT cannot merge r > in; there the formula is checked against the injected model's output.
-    let merged = dir.path().join("merged.onnx");
-    fold(&model, &FoldOptions { safe: true, ..FoldOptions::default() }, &merged)
-        .and_then(|f| f.write(&model, &merged))
-        .expect("a fold");
-    let folded = run(&merged, &inputs);
-    if let Some(theirs) = get(&format!("y_merged.{order}")) {
-        assert!(worst(&folded[0], &theirs) <= 1e-5, "{what}: y_merged");
-    }
-    assert!(worst(&folded[0], &get(&format!("y.{order}")).expect("y")) <= 1e-5, "{what}: merged y");
-    if let Some(Tensor::F32(theirs)) = get(&format!("W_merged.{order}")) {
-        let merged = Model::open(&merged).expect("a model");
-        let name = if gemm { "fc.weight" } else { "onnx::MatMul_1" };
-        let tensor = merged.graph().initializer.iter().find(|t| t.name() == name).expect("the weight");
-        let Tensor::F32(ours) = merged.tensor(tensor).expect("a value") else { panic!("f32") };
-        let ours = if gemm { ours } else { ours.t().as_standard_layout().into_owned() };
-        if active.len() == 1 {
-            assert_eq!(ours, theirs, "{what}: W_merged, bit for bit");
-        } else {
-            close(&format!("W_merged.{order}"), &Tensor::F32(ours));
+/// The weight in torch's layout.
+fn weight(path: &Path, gemm: bool) -> Tensor {
+    let model = Model::open(path).expect("a model");
+    let name = if gemm { "fc.weight" } else { "onnx::MatMul_1" };
+    let tensor = model.graph().initializer.iter().find(|t| t.name() == name).expect("the weight");
+    let value = model.tensor(tensor).expect("a value");
+    if gemm { value } else { turned(&value) }
+}
+
+#[test]
+fn every_merge_is_pefts_and_has_its_way_back() {
+    let mut merged_cases = 0;
+    let counter = std::cell::Cell::new(0);
+    each_case(|case| {
+        for order in case.orders() {
+            for gemm in [true, false] {
+                let what = format!("{} {order} {}", case.name, if gemm { "Gemm" } else { "MatMul" });
+                let dir = tempfile::tempdir().expect("a directory");
+                let (w, x) = (case.get("W").expect("W"), case.get("x").expect("x"));
+                let path = injected(case, &order, &layer(gemm, &w, case.get("b").as_ref(), &x), dir.path());
+                let merged = folded(&path, dir.path());
+                let ours = weight(&merged, gemm);
+                assert_eq!(ours.data_type(), w.data_type(), "{what}");
+                let is_bat = case.about["init_weights"] == "bat";
+                let single = !order.contains('+');
+                if let Some(theirs) = case.get(&format!("W_merged.{order}")) {
+                    let off = worst(&wide(&ours), &wide(&theirs));
+                    if single && !is_bat {
+                        assert_eq!(ours, theirs, "{what}: W_merged, bit for bit");
+                    } else if w.data_type() == DataType::Float {
+                        assert!(off <= 1e-6, "{what}: W_merged is off by {off}");
+                    } else {
+                        assert!(off <= tolerance(w.data_type(), &theirs), "{what}: W_merged is off by {off}");
+                    }
+                }
+                // And back, by the adapters alone.
+                let model = Model::open(&merged).expect("a model");
+                let extra: Vec<Adapter> =
+                    order.split('+').map(|n| case.adapters().into_iter().find(|a| a.name == n).expect("it")).collect();
+                let back = dir.path().join("back.onnx");
+                let options = FoldOptions { extra, undo: true, safe: true, ..FoldOptions::default() };
+                fold(&model, &options, &back).and_then(|f| f.write(&model, &back)).expect("an unmerge");
+                let off = worst(&wide(&weight(&back, gemm)), &wide(&w));
+                let allowed =
+                    if w.data_type() == DataType::Float { 1e-6 } else { 2.0 * tolerance(w.data_type(), &ours) };
+                assert!(off <= allowed, "{what}: unmerged is off by {off}");
+                counter.set(counter.get() + 1);
+            }
         }
-    }
+    });
+    merged_cases += counter.get();
+    assert_eq!(merged_cases, 2 * (23 - 1 + 3 * 4));
 }

@@ -379,7 +379,7 @@ fn invariant_9_a_refused_fold_leaves_everything_as_it_was() {
         // One infinity in one block.
         let mut proto = ModelProto::decode(std::fs::read(&path).expect("a file").as_slice()).expect("a model");
         let graph = proto.graph.as_mut().expect("a graph");
-        let block = graph.initializer.iter_mut().find(|t| t.name().contains("bone_block")).expect("a block");
+        let block = graph.initializer.iter_mut().find(|t| t.name().contains("miss_block")).expect("a block");
         let mut raw = block.raw_data.take().expect("raw data").to_vec();
         raw[..4].copy_from_slice(&f32::INFINITY.to_le_bytes());
         block.raw_data = Some(raw.into());

@@ -146,7 +146,7 @@ fn kept_values(out: &Path) -> Vec<f64> {
     let mut all = Vec::new();
     for target in &Injection::expect(&model).unwrap().adapters[0].targets {
         let tensor = model.graph().initializer.iter().find(|t| t.name() == target.parameter).unwrap();
-        let key = format!("base_model.model.{}.bone_block", target.module);
+        let key = format!("base_model.model.{}.miss_block", target.module);
         assert_eq!(model.tensor(tensor).unwrap(), saved[&key]);
         all.extend(saved[&key].to_f64());
     }

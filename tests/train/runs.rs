@@ -108,7 +108,7 @@ fn a_head_learns_at_its_own_rate_and_is_saved_with_the_adapter() {
     let saved = arrays(&dir.path().join("a/adapter/adapter_model.safetensors"));
     let mut keys: Vec<&str> = saved.keys().map(|k| k.strip_prefix("base_model.model.").unwrap()).collect();
     keys.sort_unstable();
-    assert_eq!(keys, ["classifier.bias", "classifier.weight", "lin0.bone_block"]);
+    assert_eq!(keys, ["classifier.bias", "classifier.weight", "lin0.miss_block"]);
 
     // AdamW's first step is lr in every coordinate with a gradient; decay takes lr·wd of a weight, nothing of a bias.
     let moved = |name: &str, decay: f64| {
@@ -117,7 +117,7 @@ fn a_head_learns_at_its_own_rate_and_is_saved_with_the_adapter() {
     };
     assert!((moved("classifier.bias", 0.0) - 1e-4).abs() < 2e-7, "{}", moved("classifier.bias", 0.0));
     assert!((moved("classifier.weight", 1e-4 * 0.5) - 1e-4).abs() < 2e-7);
-    let block = saved["base_model.model.lin0.bone_block"].to_f64();
+    let block = saved["base_model.model.lin0.miss_block"].to_f64();
     let largest = block.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
     assert!((largest - 1e-2).abs() < 1e-5, "{largest}");
 }
