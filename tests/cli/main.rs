@@ -352,15 +352,17 @@ fn a_record_that_makes_no_sense() {
     let whole =
         ModelProto::decode(std::fs::read(path.join("injected.onnx")).expect("a file").as_slice()).expect("a model");
     let text = whole.metadata_props[0].value().to_string();
-    assert!(text.contains("\"r\":2") && text.contains("\"base_output\":\"h.base\""), "{text}");
+    assert!(text.contains("\"r\":2") && text.contains("\"now\":\"h.base\""), "{text}");
     let cases = [
         text.replace("\"r\":2", "\"r\":0"),
         text.replace("\"in_features\":6", "\"in_features\":18446744073709551615"),
         text.replace("\"out_features\":5", "\"out_features\":4"),
-        text.replace("\"base_output\":\"h.base\"", "\"base_output\":\"h\""),
-        text.replace("\"base_output\":\"h.base\"", "\"base_output\":\"m.base\""),
-        text.replace("\"output\":\"h\"", "\"output\":\"h.base\""),
-        text.replace("\"format\":1", "\"format\":2"),
+        text.replace("\"now\":\"h.base\"", "\"now\":\"h\""),
+        text.replace("\"now\":\"h.base\"", "\"now\":\"m.base\""),
+        text.replace("\"active\":[\"default\"]", "\"active\":[\"other\"]"),
+        text.replace("\"init_weights\":\"true\"", "\"init_weights\":\"bat\""),
+        text.replace("\"format\":2", "\"format\":3"),
+        text.replace("\"format\":2", "\"format\":1"),
         text.replace("fc1.miss_block.default", "fc9.miss_block.default"),
         text[..text.len() / 2].to_string(),
     ];

@@ -49,8 +49,12 @@ pub fn arrays(path: &Path) -> HashMap<String, Tensor> {
     let file = SafeTensors::deserialize(&bytes).expect("a safetensors file");
     file.iter()
         .map(|(name, view)| {
-            assert_eq!(view.dtype(), Dtype::F32);
-            let tensor = Tensor::from_bytes(DataType::Float, view.shape(), view.data()).expect("a tensor");
+            let data_type = match view.dtype() {
+                Dtype::F32 => DataType::Float,
+                Dtype::I64 => DataType::Int64,
+                other => panic!("{name} holds {other:?}"),
+            };
+            let tensor = Tensor::from_bytes(data_type, view.shape(), view.data()).expect("a tensor");
             (name.to_string(), tensor)
         })
         .collect()
