@@ -21,6 +21,7 @@ mod error;
 pub mod fold;
 pub mod inject;
 pub mod onnx;
+pub mod peft;
 pub mod select;
 pub mod train;
 pub mod unload;
