@@ -80,6 +80,34 @@ pub(super) fn bone<'a>(
     keys
 }
 
+/// A LoRA of this rank with scaling 1. These are the keys that PEFT's `LoraConfig` has had for long; a release takes
+/// its defaults for newer ones, and would warn of those it does not know.
+pub(super) fn lora<'a>(
+    config: &BoneConfig,
+    rank: usize,
+    modules: impl Iterator<Item = &'a String>,
+    base_model: Option<&str>,
+) -> Keys {
+    let mut keys = common(config, base_model);
+    keys.extend([
+        ("alpha_pattern", json!({})),
+        ("bias", json!("none")),
+        ("fan_in_fan_out", json!(false)),
+        ("init_lora_weights", json!(true)),
+        ("layers_pattern", Value::Null),
+        ("layers_to_transform", Value::Null),
+        ("lora_alpha", json!(rank)),
+        ("lora_dropout", json!(0.0)),
+        ("peft_type", json!("LORA")),
+        ("r", json!(rank)),
+        ("rank_pattern", json!({})),
+        ("target_modules", json!(modules.collect::<Vec<_>>())),
+        ("use_dora", json!(false)),
+        ("use_rslora", json!(false)),
+    ]);
+    keys
+}
+
 /// What every kind of adapter's config holds.
 fn common(config: &BoneConfig, base_model: Option<&str>) -> Keys {
     // PEFT adds the task's own output layers to the list, and saves it so.

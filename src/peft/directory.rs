@@ -131,8 +131,8 @@ fn tensors_file(dir: &Path) -> Result<PathBuf> {
     }
     let pickle = dir.join("adapter_model.bin").exists();
     let what = if pickle {
-        "there is no such file, only adapter_model.bin: a pickle can run code, so it is not read. Load the adapter with \
-         PEFT and save it with save_pretrained(…, safe_serialization=True)"
+        "there is no such file, only adapter_model.bin: a pickle can run code, so it is not read. Load the adapter \
+         with PEFT and save it with save_pretrained(…, safe_serialization=True)"
     } else {
         "there is no such file; copy it here from where adapter_config.json came from"
     };

@@ -5,6 +5,8 @@ mod card;
 mod config_json;
 mod directory;
 mod keys;
+pub mod lora;
+pub mod onnx_adapter;
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
