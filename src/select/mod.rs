@@ -1,5 +1,6 @@
 //! Which nodes are linear layers, the module path of each, and which of them a config means.
 
+mod bias;
 mod constant;
 mod linears;
 mod matching;
@@ -7,6 +8,7 @@ mod module_path;
 mod selection;
 mod values;
 
+pub use bias::BiasUse;
 pub use constant::{Source, Step};
 pub use linears::{Linear, Weight, linears, linears_of};
 pub use matching::{Matcher, Verdict, Version};
