@@ -90,8 +90,8 @@ const QUANTIZED: Option<&str> = Some(
     "computes with a quantized weight, and only float32, float16 or bfloat16 weights are adapted; use the model \
      before quantization",
 );
-/// Element types of a weight that takes an adapter.
-const FLOATS: [DataType; 3] = [DataType::Float, DataType::Float16, DataType::Bfloat16];
+/// Element types of what can be adapted or trained.
+pub const FLOATS: [DataType; 3] = [DataType::Float, DataType::Float16, DataType::Bfloat16];
 const FUSED: Option<&str> =
     Some("has its activation fused in; save the model without ONNX Runtime's extended optimizations");
 

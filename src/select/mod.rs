@@ -5,6 +5,7 @@ mod constant;
 mod linears;
 mod matching;
 mod module_path;
+mod parameters;
 mod selection;
 mod values;
 
@@ -13,6 +14,7 @@ pub use constant::{Source, Step};
 pub use linears::{Linear, Weight, linears, linears_of};
 pub use matching::{Matcher, Verdict, Version};
 pub use module_path::NameRule;
+pub use parameters::{Parameter, Use, parameters, saved};
 pub use selection::{Selection, select, select_as};
 
 #[cfg(test)]

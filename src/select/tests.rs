@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::*;
 use crate::onnx::{AttributeProto, DataType, GraphProto, Model, NodeProto, Tensor, node, value_info};
 
-fn shared(path: &str) -> PathBuf {
+pub(super) fn shared(path: &str) -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")).join(path)
 }
 
