@@ -2,6 +2,7 @@
 
 mod bias;
 mod constant;
+mod kinds;
 mod linears;
 mod matching;
 mod module_path;
