@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use fancy_regex::Regex;
 
-use crate::adapter::{BoneConfig, TargetModules};
+use crate::adapter::{BoneConfig, PeftType, TargetModules};
 use crate::{Error, Result};
 
 /// Whose reading of `layers_to_transform`.
@@ -17,6 +17,16 @@ pub enum Version {
     /// From PEFT 0.21: the first numbered segment counts, so that an expert's index is not taken for the layer's.
     #[default]
     Peft021,
+}
+
+impl Version {
+    /// The reading of the PEFT that knew the config's type best: Bone was gone before the newer one came.
+    pub fn of(config: &BoneConfig) -> Self {
+        match config.peft_type {
+            PeftType::Bone => Self::Peft016,
+            PeftType::Miss => Self::Peft021,
+        }
+    }
 }
 
 impl fmt::Display for Version {

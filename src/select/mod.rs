@@ -2,6 +2,7 @@
 
 mod bias;
 mod constant;
+mod defaults;
 mod kinds;
 mod linears;
 mod matching;
@@ -12,6 +13,7 @@ mod values;
 
 pub use bias::BiasUse;
 pub use constant::{Source, Step};
+pub use defaults::{Defaults, default_targets};
 pub use linears::{Linear, Weight, linears, linears_of};
 pub use matching::{Matcher, Verdict, Version};
 pub use module_path::NameRule;
