@@ -3,9 +3,11 @@
 use std::collections::HashMap;
 
 use super::kinds::{kinds, listed, nearest};
+use super::linears::FLOATS;
 use super::matching::{Matcher, Verdict, Version, is_suffix};
 use super::{Linear, NameRule};
 use crate::adapter::{BoneConfig, TargetModules};
+use crate::onnx::data_type_name;
 use crate::{Error, Result};
 
 /// What a config means in one model. Numbers are indices into the layers it was asked about.
@@ -67,6 +69,12 @@ pub fn select_as(linears: &[Linear], config: &BoneConfig, version: Version) -> R
             Verdict::Saved => {
                 excluded += 1;
                 selection.left_out.push((i, "trained in full (modules_to_save, task_type)".into()));
+                if !FLOATS.contains(&linear.data_type) {
+                    let (key, stored) = (linear.key(), data_type_name(linear.data_type));
+                    selection
+                        .warnings
+                        .push(format!("{key} is to train in full, but its weight is {stored} and stays as it is"));
+                }
             }
             Verdict::No => unmatched += 1,
             Verdict::Match if is_all && is_output_layer(linear) => selection.left_out.push((
@@ -376,6 +384,15 @@ mod tests {
         assert_eq!(select(&half, &config(&["query"])).unwrap().chosen.len(), 2);
         let qdq = linears_in("models/bert.ts17.qdq.onnx");
         assert!(error(&qdq, &config(&["query"])).contains("(stored as int8) is dequantized by a DequantizeLinear"));
+    }
+
+    #[test]
+    fn a_quantized_layer_that_should_train_in_full_is_told() {
+        let mut linears = linears_in("goldens/mlp/base_gemm.onnx");
+        linears[1].data_type = crate::onnx::DataType::Int8;
+        let saves = BoneConfig { modules_to_save: Some(vec!["lin1".into()]), ..config(&["lin0"]) };
+        let selection = select(&linears, &saves).unwrap();
+        assert_eq!(selection.warnings, ["lin1 is to train in full, but its weight is int8 and stays as it is"]);
     }
 
     #[test]
