@@ -162,7 +162,7 @@ fn reshaped(dims: &[usize], target: &[i64]) -> Option<Vec<usize>> {
     Some(out.into_iter().map(|d| d.unwrap_or_else(|| total / known.max(1))).collect())
 }
 
-/// How many readers see the value in the end: nodes and graph outputs, chains looked through.
+/// Who sees the value in the end: nodes and graph outputs, chains looked through.
 pub fn final_readers<'a>(values: &Values<'a>, value: ValueId<'a>) -> Vec<Reader> {
     let mut found = Vec::new();
     let mut queue = vec![value];
@@ -170,18 +170,23 @@ pub fn final_readers<'a>(values: &Values<'a>, value: ValueId<'a>) -> Vec<Reader>
     while let Some(value) = queue.pop() {
         for reader in values.readers(value) {
             budget = budget.saturating_sub(1);
-            let next = match reader {
-                Reader::Node { graph, node, input: 0 } if budget > 0 => values
-                    .node(*graph, *node)
-                    .filter(|n| is_chain(n))
-                    .and_then(|n| Some(values.lookup(*graph, n.output_at(0)?)?.0)),
-                _ => None,
-            };
-            match next {
-                Some(next) if next != value => queue.push(next),
-                _ => found.push(*reader),
+            match chained(values, *reader).filter(|next| budget > 0 && *next != value) {
+                Some(next) => queue.push(next),
+                None => found.push(*reader),
             }
         }
     }
     found
+}
+
+/// [`final_readers`] of what `reader` makes of the value; `reader` itself where it is one of them.
+pub fn readers_behind(values: &Values, reader: Reader) -> Vec<Reader> {
+    chained(values, reader).map_or_else(|| vec![reader], |next| final_readers(values, next))
+}
+
+/// What comes out of `reader`, where that is a node of a chain.
+fn chained<'a>(values: &Values<'a>, reader: Reader) -> Option<ValueId<'a>> {
+    let Reader::Node { graph, node, input: 0 } = reader else { return None };
+    let node = values.node(graph, node).filter(|n| is_chain(n))?;
+    Some(values.lookup(graph, node.output_at(0)?)?.0)
 }

@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::bias::{BiasUse, added_bias};
 use super::constant::{Constant, Source, Step, final_readers, trace};
 use super::module_path::{Clues, NameRule, is_call_of, module_path, scopes_of};
 use super::values::{Reader, ValueId, Values};
@@ -36,9 +37,8 @@ pub struct Linear {
     pub trans_b: bool,
     pub alpha: f32,
     pub beta: f32,
-    /// The one-dimensional constant that is added: the node's own input, or that of the Add (or fused operator)
-    /// that follows.
-    pub bias: Option<String>,
+    /// The one-dimensional constant that is added.
+    pub bias: Option<BiasUse>,
     /// Why no adapter can be put here, if so.
     pub adaptable: Result<(), String>,
 }
@@ -86,8 +86,12 @@ struct Product {
     refused: Option<&'static str>,
 }
 
-const QUANTIZED: Option<&str> =
-    Some("computes with a quantized weight, and only float32 weights are adapted; use the model before quantization");
+const QUANTIZED: Option<&str> = Some(
+    "computes with a quantized weight, and only float32, float16 or bfloat16 weights are adapted; use the model \
+     before quantization",
+);
+/// Element types of what can be adapted or trained.
+pub const FLOATS: [DataType; 3] = [DataType::Float, DataType::Float16, DataType::Bfloat16];
 const FUSED: Option<&str> =
     Some("has its activation fused in; save the model without ONNX Runtime's extended optimizations");
 
@@ -166,7 +170,7 @@ fn examine<'a>(
     let data_type = DataType::try_from(weight.tensor.data_type()).unwrap_or(DataType::Undefined);
     let has_alpha = matches!(product.op, "Gemm" | "FusedGemm" | "FusedMatMul" | "QGemm");
     let alpha = if has_alpha { node.attr_f("alpha", 1.0) } else { 1.0 };
-    let added = added_bias(values, graph, node, product, out_features);
+    let added = added_bias(values, graph, n, product.bias, product.refused.is_some(), out_features);
     let linear = Linear {
         scope: values.graphs.get(graph)?.scope.clone(),
         node: n,
@@ -190,11 +194,11 @@ fn examine<'a>(
         trans_b,
         alpha,
         beta: if product.op == "Gemm" || product.op == "FusedGemm" { node.attr_f("beta", 1.0) } else { 1.0 },
-        bias: added.as_ref().map(|(root, _)| root.1.to_string()),
+        bias: added.as_ref().and_then(|a| a.describe(values)),
     };
-    let scopes = name_scopes(node).or_else(|| added.and_then(|(_, by)| name_scopes(by)));
+    let scopes = name_scopes(node).or_else(|| added.as_ref().and_then(|a| name_scopes(a.by(values)?)));
     let first_output = node.output_at(0).unwrap_or_default();
-    Some(Found { linear, root: weight.root, bias: added.map(|(root, _)| root), scopes, first_output })
+    Some(Found { linear, root: weight.root, bias: added.map(|a| a.constant.root), scopes, first_output })
 }
 
 fn name_scopes(node: &NodeProto) -> Option<&str> {
@@ -216,9 +220,10 @@ fn adaptable(
         let stored = data_type_name(data_type);
         return Err(format!("its weight {} (stored as {stored}) {how} before it is used", weight.root.1));
     }
-    if !matches!(data_type, DataType::Float | DataType::Float16 | DataType::Bfloat16) {
+    if !FLOATS.contains(&data_type) {
         let stored = data_type_name(data_type);
-        return Err(format!("its weight {} is {stored}, and only float32 weights are adapted", weight.root.1));
+        let weight = weight.root.1;
+        return Err(format!("its weight {weight} is {stored}, and only float32, float16 or bfloat16 are adapted"));
     }
     if weight.dims.len() != 2 {
         return Err(format!("its weight {} has shape {:?}, and only matrices are adapted", weight.root.1, weight.dims));
@@ -234,53 +239,6 @@ fn adaptable(
         return Err("FusedMatMul transposes its input, which may have a batch dimension".into());
     }
     Ok(())
-}
-
-/// Operators that follow a product and add a bias: (operator, domain, index of the bias).
-const ADDERS: [(&str, &str, usize); 5] = [
-    ("BiasGelu", "com.microsoft", 1),
-    ("FastGelu", "com.microsoft", 1),
-    ("SkipLayerNormalization", "com.microsoft", 4),
-    ("SkipSimplifiedLayerNormalization", "com.microsoft", 3),
-    ("QLinearAdd", "com.microsoft", 3),
-];
-
-/// Nodes a product's value passes on its way to the bias: quantizers put them there.
-const BETWEEN: [&str; 4] = ["Cast", "Mul", "QuantizeLinear", "DequantizeLinear"];
-
-/// The bias of a product and the node that adds it. A residual sum is none: a bias is a one-dimensional constant.
-fn added_bias<'a>(
-    values: &Values<'a>,
-    graph: usize,
-    node: &'a NodeProto,
-    product: &Product,
-    out_features: usize,
-) -> Option<(ValueId<'a>, &'a NodeProto)> {
-    let bias = |graph: usize, node: &'a NodeProto, input: usize| {
-        let constant = trace(values, graph, node.input_at(input)?)?;
-        (constant.dims == [out_features]).then_some((constant.root, node))
-    };
-    if let Some(own) = product.bias.and_then(|i| bias(graph, node, i)) {
-        return Some(own);
-    }
-    let (mut graph, mut node) = (graph, node);
-    for _ in 0..=BETWEEN.len() {
-        let (value, _) = values.lookup(graph, node.output_at(0)?)?;
-        let [Reader::Node { graph: at, node: n, input }] = values.readers(value) else { return None };
-        let next = values.node(*at, *n)?;
-        if next.is("Add") {
-            return bias(*at, next, 1usize.checked_sub(*input)?);
-        }
-        if let Some((.., i)) = ADDERS.iter().find(|(op, domain, _)| *op == next.op_type() && *domain == next.domain()) {
-            return bias(*at, next, *i);
-        }
-        let passes = BETWEEN.contains(&next.op_type()) && (next.op_type() != "Mul" || product.refused.is_some());
-        if !passes {
-            return None;
-        }
-        (graph, node) = (*at, next);
-    }
-    None
 }
 
 /// Who reads one stored tensor.
@@ -313,6 +271,9 @@ fn name(values: &Values, found: &mut [Found]) {
             bias_uses: bias.readers,
         });
         f.linear.weight.uses = weight.readers;
+        if let Some(added) = &mut f.linear.bias {
+            added.uses = bias.readers;
+        }
     }
     let mut by_root: HashMap<ValueId, Vec<usize>> = HashMap::new();
     for (i, f) in found.iter().enumerate() {

@@ -1,6 +1,9 @@
 //! PEFT's rules for which module paths a config means (`check_target_module_exists` in `peft/tuners/tuners_utils.py`,
 //! 0.16.0 and 0.21.2).
 
+use std::fmt;
+use std::str::FromStr;
+
 use fancy_regex::Regex;
 
 use crate::adapter::{BoneConfig, PeftType, TargetModules};
@@ -26,6 +29,25 @@ impl Version {
     }
 }
 
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::Peft016 => "0.16",
+            Self::Peft021 => "0.21",
+        })
+    }
+}
+
+impl FromStr for Version {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        [Self::Peft016, Self::Peft021].into_iter().find(|version| version.to_string() == text).ok_or_else(|| {
+            format!("{text:?} is no set of matching rules; allowed are 0.16 (PEFT up to 0.20) and 0.21 (from 0.21)")
+        })
+    }
+}
+
 /// The answer for one path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
@@ -33,7 +55,7 @@ pub enum Verdict {
     No,
     /// Named by `exclude_modules`.
     Excluded,
-    /// In one of `modules_to_save`, which are trained in full.
+    /// In a module that is trained in full ([`BoneConfig::saved_modules`]).
     Saved,
 }
 
@@ -72,7 +94,7 @@ impl Names {
 impl Matcher {
     /// # Errors
     /// Names the field: `target_modules` missing, or a pattern that is no regular expression.
-    pub fn new(config: &BoneConfig, modules_to_save: &[String], version: Version) -> Result<Self> {
+    pub fn new(config: &BoneConfig, version: Version) -> Result<Self> {
         let targets = config.target_modules.as_ref().ok_or_else(|| {
             Error::config("target_modules is not set; name the layers to adapt (query,value) or give all-linear")
         })?;
@@ -83,7 +105,8 @@ impl Matcher {
         };
         let exclude = config.exclude_modules.as_ref().filter(is_set);
         let exclude = exclude.map(|names| Names::compile(names, "exclude_modules")).transpose()?;
-        let save = modules_to_save
+        let save = config
+            .saved_modules()
             .iter()
             .map(|name| compile("modules_to_save", name, |p| format!(r"^(?:(^|.*\.){p}($|\..*))")))
             .collect::<Result<_>>()?;
@@ -243,10 +266,10 @@ mod tests {
             exclude_modules: names("exclude_modules"),
             layers_to_transform: list(&case["layers_to_transform"]),
             layers_pattern: list(&case["layers_pattern"]),
+            modules_to_save: list(&case["modules_to_save"]),
             ..Default::default()
         };
-        let save: Vec<String> = list(&case["modules_to_save"]).unwrap_or_default();
-        match Matcher::new(&config, &save, version).unwrap().check(case["key"].as_str().unwrap()).unwrap() {
+        match Matcher::new(&config, version).unwrap().check(case["key"].as_str().unwrap()).unwrap() {
             Verdict::Match => "match",
             Verdict::No => "no",
             Verdict::Excluded | Verdict::Saved => "excluded",
@@ -280,10 +303,18 @@ mod tests {
         assert_eq!(differ, 7);
     }
 
+    #[test]
+    fn versions_have_names() {
+        for word in ["0.16", "0.21"] {
+            assert_eq!(word.parse::<Version>().unwrap().to_string(), word);
+        }
+        assert!("0.20".parse::<Version>().unwrap_err().contains("0.16 (PEFT up to 0.20)"));
+    }
+
     fn pattern_matches(pattern: &str, path: &str) -> Result<bool> {
         let target_modules = Some(TargetModules::Pattern(pattern.into()));
         let config = BoneConfig { target_modules, ..Default::default() };
-        Ok(Matcher::new(&config, &[], Version::default())?.check(path)? == Verdict::Match)
+        Ok(Matcher::new(&config, Version::default())?.check(path)? == Verdict::Match)
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! Which nodes are linear layers, the module path of each, and which of them a config means.
 
+mod bias;
 mod constant;
+mod defaults;
+mod kinds;
 mod linears;
 mod matching;
 mod module_path;
@@ -8,11 +11,13 @@ mod parameters;
 mod selection;
 mod values;
 
+pub use bias::BiasUse;
 pub use constant::{Source, Step};
+pub use defaults::{Defaults, default_targets};
 pub use linears::{Linear, Weight, linears, linears_of};
 pub use matching::{Matcher, Verdict, Version};
 pub use module_path::NameRule;
-pub use parameters::*;
+pub use parameters::{Parameter, Use, parameters, saved};
 pub use selection::{Selection, select, select_as};
 
 #[cfg(test)]

@@ -151,13 +151,18 @@ fn bias_prefix(name: &str) -> Option<&str> {
 /// The name before tools changed it: `_quantized`, `_Q4`, `_Q8`, `_q` (quantizers) and `_merged_0` (optimum) go.
 fn stored_name(mut name: &str) -> &str {
     loop {
-        let merged = Some(without_count(name)).filter(|n| *n != name).and_then(|n| n.strip_suffix("_merged"));
-        let quantized = ["_quantized", "_Q4", "_Q8", "_q"].iter().find_map(|s| name.strip_suffix(s));
-        match merged.or(quantized) {
+        name = unmerged(name);
+        match ["_quantized", "_Q4", "_Q8", "_q"].iter().find_map(|s| name.strip_suffix(s)) {
             Some(shorter) => name = shorter,
             None => return name,
         }
     }
+}
+
+/// `name` without optimum's `_merged_0`.
+pub fn unmerged(name: &str) -> &str {
+    let front = without_count(name);
+    if front == name { name } else { front.strip_suffix("_merged").unwrap_or(name) }
 }
 
 /// `name` without a final `_<digits>`.

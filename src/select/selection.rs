@@ -1,11 +1,14 @@
 //! Which layers of a model a config means: PEFT's rules, and what they leave open for a file without module objects.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::HashMap;
 
+use super::kinds::{kinds, listed, nearest};
+use super::linears::FLOATS;
 use super::matching::{Matcher, Verdict, Version, is_suffix};
 use super::{Linear, NameRule};
 use crate::adapter::{BoneConfig, TargetModules};
-use crate::{Error, Result, did_you_mean};
+use crate::onnx::data_type_name;
+use crate::{Error, Result};
 
 /// What a config means in one model. Numbers are indices into the layers it was asked about.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -44,13 +47,14 @@ pub fn select(linears: &[Linear], config: &BoneConfig) -> Result<Selection> {
     select_as(linears, config, Version::default())
 }
 
-/// The layers that `config` means; those in `modules_to_save` are trained in full elsewhere and left out.
+/// The layers that `config` means. Those that it trains in full ([`BoneConfig::saved_modules`]) are left out, and
+/// with them the head that PEFT's `all-linear` spares for `SEQ_CLS`: it is one of them.
 ///
 /// # Errors
 /// No layer is meant (the message lists those there are), or one that was named takes no adapter.
 pub fn select_as(linears: &[Linear], config: &BoneConfig, version: Version) -> Result<Selection> {
     config.validate()?;
-    let matcher = Matcher::new(config, &config.saved_modules(), version)?;
+    let matcher = Matcher::new(config, version)?;
     let targets = config.target_modules.as_ref();
     let is_all = targets.is_some_and(TargetModules::is_all_linear);
     let mut selection = Selection::default();
@@ -64,7 +68,13 @@ pub fn select_as(linears: &[Linear], config: &BoneConfig, version: Version) -> R
             }
             Verdict::Saved => {
                 excluded += 1;
-                selection.left_out.push((i, "named by modules_to_save".into()));
+                selection.left_out.push((i, "trained in full (modules_to_save, task_type)".into()));
+                if !FLOATS.contains(&linear.data_type) {
+                    let (key, stored) = (linear.key(), data_type_name(linear.data_type));
+                    selection
+                        .warnings
+                        .push(format!("{key} is to train in full, but its weight is {stored} and stays as it is"));
+                }
             }
             Verdict::No => unmatched += 1,
             Verdict::Match if is_all && is_output_layer(linear) => selection.left_out.push((
@@ -103,17 +113,6 @@ fn is_output_layer(linear: &Linear) -> bool {
     })
 }
 
-/// How many entries a message lists before it counts the rest.
-const LISTED: usize = 12;
-
-fn listed<T: AsRef<str>>(entries: &[T], separator: &str) -> String {
-    let mut text = entries.iter().take(LISTED).map(AsRef::as_ref).collect::<Vec<_>>().join(separator);
-    if entries.len() > LISTED {
-        text.push_str(&format!("{separator}and {} more", entries.len() - LISTED));
-    }
-    text
-}
-
 fn cannot_adapt(linears: &[Linear], unfit: &[(usize, &str)]) -> Error {
     let lines: Vec<String> = unfit
         .iter()
@@ -142,7 +141,8 @@ fn nothing_chosen(
     }
     if excluded == linears.len() {
         return Error::config(
-            "All modules were excluded. Check exclude_modules and modules_to_save: together they name every linear layer",
+            "All modules were excluded. Check exclude_modules, modules_to_save and task_type: together they name every \
+             linear layer",
         );
     }
     if is_all {
@@ -179,56 +179,6 @@ fn nothing_chosen(
         _ => String::new(),
     };
     Error::config(format!("{head}{near}{layers} Linear layers there are: {}", listed(&kinds(linears), ", ")))
-}
-
-/// A hint at names like `wanted`: whole paths for a path, last segments for a single name.
-fn nearest(wanted: &str, linears: &[Linear]) -> String {
-    let whole = wanted.contains(['.', '/']);
-    did_you_mean(
-        wanted,
-        linears.iter().map(|l| if whole || l.module.is_none() { l.key() } else { named_tail(l.key()) }),
-    )
-}
-
-/// The layers' names, shortened: distinct last segments with their number, unless they are few.
-fn kinds(linears: &[Linear]) -> Vec<String> {
-    if linears.len() <= LISTED {
-        let mut seen = HashSet::new();
-        return linears.iter().map(Linear::key).filter(|key| seen.insert(*key)).map(str::to_string).collect();
-    }
-    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    let mut order = Vec::new();
-    for linear in linears {
-        let kind = match &linear.module {
-            Some(module) => named_tail(module),
-            None => linear.key(),
-        };
-        let count = counts.entry(kind).or_default();
-        if *count == 0 {
-            order.push(kind);
-        }
-        *count += 1;
-    }
-    order
-        .into_iter()
-        .map(|kind| match counts.get(kind) {
-            Some(n) if *n > 1 => format!("{kind} ×{n}"),
-            _ => kind.to_string(),
-        })
-        .collect()
-}
-
-/// The last segment, and before it what a number needs: `q_proj` of `a.q_proj`, `block.0` of `a.block.0`.
-fn named_tail(path: &str) -> &str {
-    let mut start = path.len();
-    while let Some(dot) = path[..start].rfind('.') {
-        let segment = &path[dot + 1..start];
-        if !segment.bytes().all(|b| b.is_ascii_digit()) {
-            return &path[dot + 1..];
-        }
-        start = dot;
-    }
-    path
 }
 
 fn warn(linears: &[Linear], config: &BoneConfig, selection: &mut Selection) {
@@ -288,7 +238,7 @@ fn shared_weights(linears: &[Linear], chosen: &[usize]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::linears_in;
+    use super::super::tests::{linears_in, shared};
     use super::*;
 
     fn config(targets: &[&str]) -> BoneConfig {
@@ -306,6 +256,23 @@ mod tests {
 
     fn error(linears: &[Linear], config: &BoneConfig) -> String {
         select(linears, config).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_goldens_adapt_the_layers_that_peft_adapts() {
+        let linears = linears_in("goldens/bert/base.onnx");
+        let text = std::fs::read(shared("goldens/bert/train.json")).unwrap();
+        let runs: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        for (run, count) in [("bone_all_linear_r5_pad", 13), ("bat_qv_r4_layer1", 2), ("bone_qv_r8_seqcls", 4)] {
+            let run = &runs["runs"][run];
+            let config = BoneConfig::from_json(&run["config"], &mut Vec::new()).unwrap();
+            for version in [Version::Peft016, Version::Peft021] {
+                let mut chosen = keys(&linears, &select_as(&linears, &config, version).unwrap());
+                chosen.sort();
+                assert_eq!(chosen.len(), count);
+                assert_eq!(serde_json::json!(chosen), run["targeted_modules"]);
+            }
+        }
     }
 
     #[test]
@@ -346,8 +313,8 @@ mod tests {
         chosen.exclude_modules = Some(TargetModules::List(vec!["nothing".into()]));
         let selection = select(&linears, &chosen).unwrap();
         assert!(selection.warnings.iter().any(|w| w.contains("exclude_modules names no")), "{:?}", selection.warnings);
-        let saving = BoneConfig { modules_to_save: Some(vec!["pooler".into()]), ..pattern("all-linear") };
-        let saved = select(&linears, &saving).unwrap();
+        let saves = BoneConfig { modules_to_save: Some(vec!["pooler".into()]), ..pattern("all-linear") };
+        let saved = select(&linears, &saves).unwrap();
         assert_eq!((saved.chosen.len(), saved.left_out.len()), (13, 1));
     }
 
@@ -414,9 +381,18 @@ mod tests {
         assert!(text.contains("MatMulNBits computes with a quantized weight"), "{text}");
         assert!(error(&linears, &pattern("all-linear")).contains("no linear layer of this model can be adapted"));
         let half = linears_in("models/bert_fp16.dyn18.onnx");
-        assert!(error(&half, &config(&["query"])).contains("is float16, and only float32"));
+        assert_eq!(select(&half, &config(&["query"])).unwrap().chosen.len(), 2);
         let qdq = linears_in("models/bert.ts17.qdq.onnx");
         assert!(error(&qdq, &config(&["query"])).contains("(stored as int8) is dequantized by a DequantizeLinear"));
+    }
+
+    #[test]
+    fn a_quantized_layer_that_should_train_in_full_is_told() {
+        let mut linears = linears_in("goldens/mlp/base_gemm.onnx");
+        linears[1].data_type = crate::onnx::DataType::Int8;
+        let saves = BoneConfig { modules_to_save: Some(vec!["lin1".into()]), ..config(&["lin0"]) };
+        let selection = select(&linears, &saves).unwrap();
+        assert_eq!(selection.warnings, ["lin1 is to train in full, but its weight is int8 and stays as it is"]);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::*;
 use crate::onnx::{AttributeProto, DataType, GraphProto, Model, NodeProto, Tensor, node, value_info};
 
-fn shared(path: &str) -> PathBuf {
+pub(super) fn shared(path: &str) -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared")).join(path)
 }
 
@@ -57,9 +57,10 @@ fn every_target_of_the_manifest_is_found_and_named() {
             // F1: the exporter merged all zero biases; this one is an Identity of the tensor that was kept.
             let merged = file == "bert_zero.ts17.onnx" && node == "/bert/pooler/dense/Gemm";
             if merged {
-                assert_eq!(l.bias.as_deref(), Some("bert.embeddings.LayerNorm.bias"), "{context}");
+                let bias = l.bias.as_ref().unwrap();
+                assert_eq!((bias.name.as_str(), bias.input), ("bert.embeddings.LayerNorm.bias", 2), "{context}");
             } else if let Some(bias) = target["bias"].as_str() {
-                let stored = l.bias.as_deref().map(|b| b.strip_suffix("_quantized").unwrap_or(b));
+                let stored = l.bias.as_ref().map(|b| b.name.strip_suffix("_quantized").unwrap_or(&b.name));
                 assert_eq!(stored, Some(bias), "{context}");
             }
             let rule = match target["rule"].as_str() {
@@ -80,7 +81,8 @@ fn every_target_of_the_manifest_is_found_and_named() {
                 assert!(truth.iter().any(|t| t == module), "{context}: {truth:?}");
                 named += 1;
             }
-            assert_eq!(l.adaptable.is_ok(), l.data_type == DataType::Float, "{context}: {:?}", l.adaptable);
+            let plain = [DataType::Float, DataType::Float16].contains(&l.data_type);
+            assert_eq!(l.adaptable.is_ok(), plain, "{context}: {:?}", l.adaptable);
         }
         let extra: Vec<_> = found.iter().map(|l| &l.node_name).collect();
         assert!(extra.is_empty(), "{file}: {extra:?}");
@@ -265,8 +267,21 @@ fn int8_weights_written_as_plain_operators_are_reported() {
     let found = linears_of(&quantized);
     assert_eq!(found[0].weight.name, "q");
     assert_eq!(found[0].data_type, DataType::Int8);
-    assert_eq!(found[0].bias.as_deref(), Some("bias"));
+    let bias = found[0].bias.as_ref().unwrap();
+    assert_eq!((bias.name.as_str(), bias.node, bias.input, bias.uses), ("bias", 3, 1, 1));
+    assert_eq!(bias.source, Source::Initializer { scope: vec![], index: 4 });
     assert!(found[0].adaptable.as_ref().unwrap_err().contains("(stored as int8) is scaled by a Mul"));
+}
+
+#[test]
+fn weights_of_half_width_take_an_adapter_and_doubles_do_not() {
+    for (data_type, takes) in [(DataType::Float16, true), (DataType::Bfloat16, true), (DataType::Double, false)] {
+        let mut stored = graph(vec![node("MatMul", &["x", "v"], &["y"])]);
+        stored.initializer.push(Tensor::zeros(data_type, &[3, 4]).unwrap().to_proto("v"));
+        let [layer] = linears_of(&stored).try_into().unwrap();
+        assert_eq!(layer.adaptable.is_ok(), takes, "{data_type:?}: {:?}", layer.adaptable);
+        assert!(takes || layer.adaptable.unwrap_err().contains("only float32, float16 or bfloat16 are adapted"));
+    }
 }
 
 #[test]
