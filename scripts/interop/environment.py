@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from collections import defaultdict
 from pathlib import Path
@@ -26,7 +27,9 @@ from fetch import Failure, cache_dir
 HERE = Path(__file__).resolve().parent
 PEFTS = ("0.18.1", "0.21.2")
 PYTHONS = ((3, 11), (3, 12), (3, 13), (3, 14))  # those that the hashes were written for, by lock.py
+RECIPE = 1  # to be raised with a change of make(): what is in the cache is then made again
 MARKER = "complete"
+WEEK = 7 * 24 * 3600
 
 CUDA_LIBRARY = re.compile(r"\(NEEDED\).*\[((?:libcu|libnv|libnccl)[^\]]*)\]")
 CUDA_SYMBOL = re.compile(r" [Uwv] ((?:__)?(?:cu|nv|nccl)\w+)(?:@(\S+))?$", re.MULTILINE)
@@ -50,7 +53,9 @@ class Environment:
 
 def clean_variables():
     """This process's variables less what would lead Python or a package elsewhere; packages stay off the network."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_TARGET", "PIP_USER"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_TARGET", "PIP_USER"))
+    }
     return dict(kept, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", PYTHONNOUSERSITE="1", OMP_NUM_THREADS="1")
 
 
@@ -59,6 +64,7 @@ def ensure(say):
     check_platform()
     root = cache_dir() / f"interop-{key()}"
     if is_good(root):
+        (root / MARKER).touch()
         return Environment(root)
     if root.exists():
         say(f"{root}: not complete, making it again")
@@ -75,19 +81,24 @@ def ensure(say):
                 raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+    remove_others(root)
     return Environment(root)
 
 
+def remove_others(root):
+    """Environments of older pins that nobody has used for a week, and what a killed run has left."""
+    for other in [*root.parent.glob("interop-*"), *root.parent.glob(".interop-*")]:
+        marker = other / MARKER if (other / MARKER).exists() else other
+        if other != root and time.time() - marker.stat().st_mtime > WEEK:
+            shutil.rmtree(other, ignore_errors=True)
+
+
 def key():
-    """Changes with the pins, with this file and with the Python that runs it."""
-    digest = hashlib.sha256(repr((sys.version_info[:3], sys.base_prefix)).encode())
-    for file in [Path(__file__), *requirement_files()]:
-        digest.update(file.read_bytes())
+    """Changes with the pins, with what is done with them, and with the Python that runs this."""
+    digest = hashlib.sha256(repr((RECIPE, sys.version_info[:3], sys.base_prefix)).encode())
+    for name in ["requirements", *(f"peft-{version}" for version in PEFTS)]:
+        digest.update((HERE / f"{name}.txt").read_bytes())
     return digest.hexdigest()[:12]
-
-
-def requirement_files():
-    return [HERE / "requirements.txt", *(HERE / f"peft-{version}.txt" for version in PEFTS)]
 
 
 def is_good(root):
@@ -99,7 +110,9 @@ def check_platform():
         raise Failure(f"the packages are pinned for Linux x86_64, not for {platform.system()} {platform.machine()}")
     if sys.version_info[:2] not in PYTHONS or platform.python_implementation() != "CPython":
         names = ", ".join(".".join(map(str, version)) for version in PYTHONS)
-        raise Failure(f"the packages are pinned for CPython {names}; this is {sys.version.split()[0]}: run one of those")
+        raise Failure(
+            f"the packages are pinned for CPython {names}; this is {sys.version.split()[0]}: run one of those"
+        )
     for tool in ("cc", "readelf", "nm"):
         if not shutil.which(tool):
             raise Failure(f"no {tool}: install a C compiler and binutils (build-essential on Debian)")
@@ -127,7 +140,9 @@ def install(requirements, python, *options):
     if done.returncode:
         said = [line for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
         if any("No module named pip" in line for line in said):
-            raise Failure(f"{sys.executable} has no pip; install it (python3 -m ensurepip, or your system's python3-pip)")
+            raise Failure(
+                f"{sys.executable} has no pip; install it (python3 -m ensurepip, or your system's python3-pip)"
+            )
         errors = [line for line in said if line.startswith("ERROR")] or said[-1:] or ["nothing"]
         raise Failure(
             f"cannot install {requirements.name}: is the package registry reachable? Check the network and pip's "
@@ -136,7 +151,7 @@ def install(requirements, python, *options):
 
 
 def stand_in_for_cuda(folder):
-    """Writes, beside torch's libraries, a library for each CUDA library that they name, with all that they ask of it."""
+    """Writes, beside torch's libraries, a library for each of CUDA's that they name, with all they ask of it."""
     needed, symbols = set(), defaultdict(set)
     for library in folder.glob("*.so"):
         needed.update(CUDA_LIBRARY.findall(output("readelf", "-dW", library)))
@@ -146,7 +161,9 @@ def stand_in_for_cuda(folder):
         source, versions = Path(work) / "cuda.c", Path(work) / "cuda.map"
         for name in sorted(needed):
             version = SYMBOL_VERSIONS.get(name, name)
-            source.write_text("".join(f"int {f}(void) {{ return 100; }}\n" for f in sorted(symbols[version] | symbols[""])))
+            source.write_text(
+                "".join(f"int {f}(void) {{ return 100; }}\n" for f in sorted(symbols[version] | symbols[""]))
+            )
             versions.write_text(f"{version} {{ *; }};\n")
             flags = ["-shared", "-fPIC", "-nostdlib", "-w", f"-Wl,-soname,{name},--version-script={versions}"]
             output("cc", *flags, "-o", folder / name, source)

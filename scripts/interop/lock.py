@@ -29,7 +29,10 @@ def wheels(file, python, folder):
     command += [word for platform in PLATFORMS for word in ("--platform", platform)]
     subprocess.run(command, check=True)
     for item in json.loads(report.read_text())["install"]:
-        yield item["metadata"]["name"].lower().replace("_", "-"), item["download_info"]["archive_info"]["hashes"]["sha256"]
+        yield (
+            item["metadata"]["name"].lower().replace("_", "-"),
+            item["download_info"]["archive_info"]["hashes"]["sha256"],
+        )
 
 
 def pinned(file):

@@ -4,12 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from safetensors.numpy import load_file
 
 from environment import PEFTS, Environment
 
@@ -23,6 +21,7 @@ COMMANDS = {
     "train": "train {model} -o {out} --data {data} --steps 5 --no-shuffle",
     "import": "adapter import {model} {directory} -o {out}",
     "export": "adapter export {model} -o {out}",
+    "convert": "adapter convert {directory} --base {model} -o {out}",
     "fold": "fold {model} -o {out}",
 }
 
@@ -34,22 +33,33 @@ class Failed(Exception):
 class Cli:
     def __init__(self, binary):
         self.binary = binary
+        self.env = dict(os.environ, RUST_BACKTRACE="0")
 
     def __call__(self, name, flags="", **values):
         """Runs one of COMMANDS with more flags behind; the JSON that it prints."""
         values = {key: str(value) for key, value in values.items()}
         words = [word.format(**values) for word in COMMANDS[name].split()] + flags.split()
         done = subprocess.run(
-            [self.binary, *words, "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+            [self.binary, *words, "--json"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=self.env,
+            timeout=300,
         )
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
-            told = next((line for line in said if line.startswith("error")), said[-1])
-            raise Failed(f"bone-onnx {' '.join(words[:2])} … {flags} exited {done.returncode}: {told.strip()}")
+            raise Failed(f"bone-onnx {' '.join(words)} exited {done.returncode}: {reason(done.stderr)}")
         try:
             return json.loads(done.stdout)
         except ValueError:
             raise Failed(f"bone-onnx {words[0]} --json printed no JSON object: {done.stdout[:80]!r}") from None
+
+
+def reason(stderr):
+    """What went wrong, in one line: from the error, or the panic, on."""
+    said = [line.strip() for line in stderr.splitlines() if line.strip()] or ["nothing was said"]
+    first = next((n for n, line in enumerate(said) if line.startswith("error") or "panicked at" in line), len(said) - 1)
+    return " ".join(said[first:])[:400]
 
 
 class Peft:
@@ -62,7 +72,12 @@ class Peft:
         self.log = log
         with open(log, "w") as errors:
             self.process = subprocess.Popen(
-                command, env=here.variables(version), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                command,
+                env=here.variables(version),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
             )
 
     def __call__(self, do, arrays, **values):
@@ -90,11 +105,6 @@ class Peft:
 
 def start_pefts(goldens, folder):
     return {version: Peft(version, goldens, os.path.join(folder, f"peft-{version}.log")) for version in PEFTS}
-
-
-@lru_cache(maxsize=None)
-def stored(path):
-    return load_file(path)
 
 
 def session(path):

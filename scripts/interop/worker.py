@@ -45,7 +45,10 @@ def bert():
 
 
 # model -> (how to make it, names of its inputs among the arrays of base.safetensors)
-MODELS = {"mlp": (mlp, {"x": "x"}), "bert": (bert, {"input_ids": "data.input_ids", "attention_mask": "data.attention_mask"})}
+MODELS = {
+    "mlp": (mlp, {"x": "x"}),
+    "bert": (bert, {"input_ids": "data.input_ids", "attention_mask": "data.attention_mask"}),
+}
 
 
 def base(model):
@@ -67,8 +70,9 @@ def weights(module):
 
 
 def load(model, directory, arrays):
-    """PeftModel.from_pretrained of a directory. Arrays: `y`, `merged` (after merge_and_unload), `weight.<name>`, `base`.
+    """PeftModel.from_pretrained of a directory.
 
+    Arrays: `base`, `y`, `merged` (the output after merge_and_unload) and the merged model's parameters `weight.<name>`.
     Answers what peft said of the file: `missing` (tensors it wanted), `unexpected` (tensors it did not want).
     """
     results = []
@@ -99,7 +103,8 @@ def load(model, directory, arrays):
 def write(model, directory, arrays, kind, adapters, order, seed):
     """A fresh model with these adapters ({name: config}), its trainable values made random, saved by save_pretrained.
 
-    Arrays: `base`, and `merged`, the output after merge_and_unload of the adapters of `order`. Answers `keys`, by file.
+    Arrays: `base`, and `merged`, the output after merge_and_unload of the adapters of `order`. Answers the `keys` of
+    all files.
     """
     config = {"bone": "BoneConfig", "miss": "MissConfig"}[kind]
     names = list(adapters)
@@ -107,7 +112,7 @@ def write(model, directory, arrays, kind, adapters, order, seed):
         warnings.simplefilter("ignore")
         made = [getattr(peft, config)(**adapters[name]) for name in names]
     wrapped = peft.get_peft_model(base(model), made[0], adapter_name=names[0])
-    for name, its in zip(names[1:], made[1:]):
+    for name, its in zip(names[1:], made[1:], strict=True):
         wrapped.add_adapter(name, its)
     generator = torch.Generator().manual_seed(seed)
     trainable = set()
@@ -119,15 +124,14 @@ def write(model, directory, arrays, kind, adapters, order, seed):
             if key in trainable:
                 value.add_(torch.randn(value.shape, generator=generator) * 0.2)
     wrapped.save_pretrained(directory)
-    keys = {}
-    for path in sorted(Path(directory).rglob("adapter_model.safetensors")):
+    keys = []
+    for path in Path(directory).rglob("adapter_model.safetensors"):
         with safe_open(path, "np") as file:
-            keys[str(path.parent.relative_to(directory))] = sorted(file.keys())
+            keys.extend(file.keys())
     wrapped.base_model.set_adapter(order)
-    y = outputs(model, wrapped)
     merged = wrapped.merge_and_unload(adapter_names=order)
-    np.savez(arrays, base=outputs(model, base(model)), y=y, merged=outputs(model, merged))
-    return {"keys": keys}
+    np.savez(arrays, base=outputs(model, base(model)), merged=outputs(model, merged))
+    return {"keys": sorted(keys)}
 
 
 REQUESTS = {"load": load, "write": write}
