@@ -45,8 +45,13 @@ class Checks:
         return self.goldens / f"{onnx}.onnx"
 
     @cache
+    def weights(self, model):
+        """The base model's parameters by name, and the data beside them."""
+        return load_file(self.goldens / model / "base.safetensors")
+
+    @cache
     def feeds(self, onnx):
-        stored = load_file(self.goldens / onnx.partition("/")[0] / "base.safetensors")
+        stored = self.weights(onnx.partition("/")[0])
         if onnx.startswith("bert"):
             return {name: stored[f"data.{name}"] for name in ("input_ids", "attention_mask")}
         return {"x": stored["x"].reshape(4, 4, 12) if onnx.endswith("matmul") else stored["x"]}
@@ -55,7 +60,7 @@ class Checks:
     def data(self, onnx):
         """The training data, as a file."""
         model = onnx.partition("/")[0]
-        stored = load_file(self.goldens / model / "base.safetensors")
+        stored = self.weights(model)
         if model == "bert":
             arrays = {**self.feeds(onnx), "labels": stored["data.labels"]}
         else:
@@ -110,6 +115,8 @@ class Checks:
         self.cli("export", flags, model=injected, out=folder / peft_type)
         arrays = self.load(peft_type, case.model, folder / peft_type, folder)
         differ("the adapter", arrays["base"], expected)
+        for name in case.full:
+            differ(f"{name}, which should be trained", self.weights(case.model)[name], arrays[f"weight.{name}"])
         worst.agree("peft's output and the injected model's", expected, arrays["y"])
         worst.agree("peft's merged output and the injected model's", expected, arrays["merged"])
 
@@ -118,7 +125,7 @@ class Checks:
         injected = self.make(case)
         self.cli("export", "--peft-type MISS", model=injected, out=folder / "miss")
         whole = self.load("MISS", case.model, folder / "miss", folder)
-        base = load_file(self.goldens / case.model / "base.safetensors")
+        base = self.weights(case.model)
         told = self.cli("export", "--peft-type LORA", model=injected, out=folder / "lora")["relative_errors"]
         near = self.load("LORA", case.model, folder / "lora", folder)
         if not told:
@@ -141,7 +148,7 @@ class Checks:
         injected = self.make(case)
         self.cli("export", "--peft-type MISS", model=injected, out=folder / "miss")
         whole = self.load("MISS", case.model, folder / "miss", folder)
-        base = load_file(self.goldens / case.model / "base.safetensors")
+        base = self.weights(case.model)
         self.cli("export", "--peft-type LORA --format onnx_adapter", model=injected, out=folder / "lora.onnx_adapter")
         read = ort.AdapterFormat.read_adapter(str(folder / "lora.onnx_adapter")).get_parameters()
         names = sorted(read)
@@ -274,6 +281,11 @@ class Checks:
             self.cli("export", f"--format onnx_adapter {slot}", model=trained, out=folder / f"{name}.onnx_adapter")
             adapters[name] = ort.LoraAdapter()
             adapters[name].Load(str(folder / f"{name}.onnx_adapter"))
+            held = ort.AdapterFormat.read_adapter(str(folder / f"{name}.onnx_adapter")).get_parameters()
+            if "--modules-to-save" in flags and not any(key.startswith("lin1.") for key in held):
+                raise Failed(
+                    f"the .onnx_adapter holds {', '.join(held)}, but nothing of lin1, which was trained in full"
+                )
         for one, two in ((None, "a"), (None, "b"), ("a", "b")):
             differ("the adapters", expected[one], expected[two])
         on = session(injected["a"])

@@ -22,6 +22,7 @@ class Case:
     flags: str
     trained: bool = False
     types: tuple = ("BONE", "MISS", "LORA")
+    full: tuple = ()  # parameters that the training must have changed, too
 
     @property
     def model(self):
@@ -31,6 +32,8 @@ class Case:
 BAT = "--init-weights bat"
 MINI = "--init-weights mini --mini-r 2"
 NO_BONE = ("MISS", "LORA")  # PEFT's BONE has no mini, and does not save biases
+LIN0 = "--target-modules lin0 --r 4"
+LIN1, BIASES = ("lin1.weight", "lin1.bias"), ("lin0.bias", "lin1.bias")
 RANDOM = "--init-weights false --seed 7"
 CASES = [
     Case("random", "mlp/base_gemm", f"{MLP} --r 4 {RANDOM}"),
@@ -40,10 +43,10 @@ CASES = [
     Case("trained", "mlp/base_gemm", f"{MLP} --r 4", TRAINED),
     Case("trained BAT", "mlp/base_gemm", f"{MLP} --r 4 {BAT}", TRAINED),
     Case("trained mini", "mlp/base_gemm", f"{MLP} --r 4 {MINI}", TRAINED, NO_BONE),
-    Case("trained, lin1 saved in full", "mlp/base_gemm", "--target-modules lin0 --r 4 --modules-to-save lin1", TRAINED),
-    Case("trained, every bias", "mlp/base_gemm", f"{MLP} --r 4 --bias all", TRAINED, NO_BONE),
-    Case("trained BAT, every bias", "mlp/base_gemm", f"{MLP} --r 4 --bias all {BAT}", TRAINED, ("MISS",)),
-    Case("trained, its own biases", "mlp/base_gemm", "--target-modules lin0 --r 4 --bias bone_only", TRAINED, NO_BONE),
+    Case("trained, lin1 saved in full", "mlp/base_gemm", f"{LIN0} --modules-to-save lin1", TRAINED, full=LIN1),
+    Case("trained, every bias", "mlp/base_gemm", f"{MLP} --r 4 --bias all", TRAINED, NO_BONE, BIASES),
+    Case("trained BAT, every bias", "mlp/base_gemm", f"{MLP} --r 4 --bias all {BAT}", TRAINED, ("MISS",), BIASES),
+    Case("trained, its own biases", "mlp/base_gemm", f"{LIN0} --bias bone_only", TRAINED, NO_BONE, ("lin0.bias",)),
     Case("random, SEQ_CLS", "bert/base", f"{QV} --r 8 {RANDOM} --task-type SEQ_CLS"),
     Case("random, all-linear, padded", "bert/base", f"--target-modules all-linear --r 5 {RANDOM} --task-type SEQ_CLS"),
     Case("trained BAT", "bert/base", f"{QV} --r 4 {BAT}", TRAINED),
@@ -53,6 +56,7 @@ CASES = [
         f"{QV} --r 4 {MINI} --modules-to-save classifier",
         TRAINED,
         NO_BONE,
+        ("classifier.weight", "classifier.bias"),
     ),
 ]
 MSE = "--labels target --loss mse"
@@ -95,6 +99,6 @@ SWAPPED = [
     ("bone, MatMul, r does not divide in", "mlp/base_matmul", f"{MLP} --r 5"),
     ("BAT", "mlp/base_gemm", f"{MLP} --r 4 {BAT}"),
     ("mini", "mlp/base_gemm", f"{MLP} --r 4 {MINI}"),
-    ("bone, lin1 trained in full", "mlp/base_gemm", "--target-modules lin0 --r 4 --modules-to-save lin1"),
+    ("bone, lin1 trained in full", "mlp/base_gemm", f"{LIN0} --modules-to-save lin1"),
     ("bone", "bert/base", f"{QV} --r 8"),
 ]

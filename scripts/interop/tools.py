@@ -145,4 +145,4 @@ class Worst:
 def differ(what, a, b):
     """Fails where an adapter does nothing, for then agreement proves nothing."""
     if float(np.abs(a - b.reshape(a.shape)).max()) < EFFECT:
-        raise Failed(f"{what}: no difference, so this check proves nothing")
+        raise Failed(f"{what}: makes no difference, so this check proves nothing")
