@@ -8,7 +8,7 @@ use crate::adapter::{Adapter, Injection, Layout};
 use crate::base::Base;
 use crate::inject::place::{self, Site, to_f32, turned};
 use crate::onnx::{Model, Tensor};
-use crate::peft::{LoraPair, lora};
+use crate::peft::lora::{self, LoraPair};
 use crate::{Error, Result};
 
 /// An adapter as LoRA pairs by module.
@@ -67,6 +67,23 @@ pub fn as_lora(model: &Model, adapter: &Adapter, rank: Option<usize>) -> Result<
         out.pairs.insert(module.clone(), pair);
     }
     Ok(out)
+}
+
+impl AsLora {
+    /// The pairs for a model with LoRA slots, as MatMul reads them: `<module>.lora_A.weight` `[in, rank]` and
+    /// `<module>.lora_B.weight` `[rank, out]`.
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        let as_read = |m: &Array2<f32>| Tensor::from(m.t().as_standard_layout().into_owned().into_dyn());
+        let pairs = self.pairs.iter();
+        pairs
+            .flat_map(|(module, pair)| {
+                [
+                    (format!("{module}.lora_A.weight"), as_read(&pair.a)),
+                    (format!("{module}.lora_B.weight"), as_read(&pair.b)),
+                ]
+            })
+            .collect()
+    }
 }
 
 /// The parameters of an adapter under the names they have (or would have) as inputs of a model that was injected with

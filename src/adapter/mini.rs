@@ -16,7 +16,7 @@ impl Variant for Mini {
     fn check(&self, dims: &Dims) -> Result<(), String> {
         match dims.mini_r {
             0 => Err("mini_r should be a positive integer value but the value passed is 0".into()),
-            m if dims.outputs % m != 0 => {
+            m if !dims.outputs.is_multiple_of(m) => {
                 Err(format!("mini_r = {m} has to divide out_features, which is {}", dims.outputs))
             }
             _ => Ok(()),

@@ -16,7 +16,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use super::card::{self, Card};
 use super::keys::{self, Key};
 use super::{TENSORS, config_json, content, put};
-use crate::adapter::{Adapter, BoneConfig, Dims, PeftType};
+use crate::adapter::{Adapter, Bias, BoneConfig, Dims, PeftType};
 use crate::onnx::Tensor;
 use crate::{Error, Result};
 
@@ -79,7 +79,21 @@ pub fn read(dir: &Path, name: &str, options: &ReadOptions, warnings: &mut Vec<St
         return Err(Error::file(&path, what));
     }
     warnings.extend(complaints.into_iter().map(|c| format!("{}: left out: {c}", path.display())));
-    Ok(Adapter { name: name.into(), config, blocks, saved })
+    let adapter = Adapter { name: name.into(), config, blocks, saved };
+    if lost_biases(&adapter) {
+        warnings.push(format!(
+            "{}: the config says bias = {}, but there is no bias in the file (PEFT before 0.21 does not save them): \
+             what they learned is lost, and the base's are used",
+            path.display(),
+            adapter.config.bias
+        ));
+    }
+    Ok(adapter)
+}
+
+/// True where biases trained, but no file says to what.
+fn lost_biases(adapter: &Adapter) -> bool {
+    adapter.config.bias != Bias::None && !adapter.saved.keys().any(|path| path.ends_with("bias"))
 }
 
 /// Writes `adapter` into `dir` (see [`super::place`]), which is made where it is missing. Each file appears whole, the
@@ -91,8 +105,12 @@ pub fn read(dir: &Path, name: &str, options: &ReadOptions, warnings: &mut Vec<St
 /// What only MiSS has (`mini`, dropout) written as `BONE`; an adapter without blocks, or with values other than
 /// float32; anything the file system refuses.
 pub fn write(dir: &Path, adapter: &Adapter, options: &WriteOptions) -> Result<()> {
-    let config = BoneConfig { peft_type: options.peft_type, ..adapter.config.clone() };
+    let mut config = BoneConfig { peft_type: options.peft_type, ..adapter.config.clone() };
     config.validate()?;
+    if options.peft_type == PeftType::Miss && lost_biases(adapter) {
+        // MiSS would look for what Bone never saved.
+        config.bias = Bias::None;
+    }
     if adapter.blocks.is_empty() {
         return Err(Error::model(format!("adapter {} has no layer, so there is nothing to write", adapter.name)));
     }

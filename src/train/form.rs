@@ -145,8 +145,11 @@ mod tests {
             graph.output.push(value_info(name, DataType::Float, &["n", "m"]));
         }
         let mut session = engine.load(&gradient.model, &LoadOptions { threads: Some(1), optimize: true }).unwrap();
-        let wanted: Vec<&str> =
-            ["y"].into_iter().chain(gradient.gradients.iter().map(String::as_str)).chain(extra.iter().copied()).collect();
+        let wanted: Vec<&str> = ["y"]
+            .into_iter()
+            .chain(gradient.gradients.iter().map(String::as_str))
+            .chain(extra.iter().copied())
+            .collect();
         session.run(&[("x", x), ("y.seed", gy)], &wanted).unwrap()
     }
 

@@ -167,7 +167,11 @@ impl Golden {
 /// Largest difference over all elements, in memory order.
 fn worst(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.len(), b.len());
-    a.to_f64().iter().zip(b.to_f64()).map(|(a, b)| (a - b).abs()).fold(0.0, |m, d| if d.is_nan() { d } else { m.max(d) })
+    a.to_f64()
+        .iter()
+        .zip(b.to_f64())
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |m, d| if d.is_nan() { d } else { m.max(d) })
 }
 
 /// The two exports: rows of 12 numbers for Gemm, four of them to a row for MatMul.

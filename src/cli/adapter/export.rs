@@ -10,7 +10,8 @@ use crate::adapter::{Adapter, Injection, PeftType};
 use crate::export;
 use crate::inject::extract;
 use crate::onnx::Model;
-use crate::peft::{self, WriteOptions};
+use crate::peft::onnx_adapter::{self, Versions};
+use crate::peft::{self, WriteOptions, lora};
 use crate::{Error, Result};
 
 /// Write an adapter of a model as a PEFT directory (MISS, BONE or LORA) or as ONNX Runtime's .onnx_adapter
@@ -98,13 +99,23 @@ pub fn write(adapter: &Adapter, model: Option<&Model>, form: &FormArgs, printer:
         let model = model.ok_or_else(|| needs("a LoRA is as wide as the layers it is for"))?;
         let lora = export::as_lora(model, adapter, form.lora_rank)?;
         match form.format {
-            Format::Peft => peft::write_lora(out, &lora.pairs, adapter)?,
-            Format::OnnxAdapter => peft::write_onnx_adapter(out, &peft::lora_parameters(&lora.pairs))?,
+            Format::Peft => {
+                let base = base_name(Some(model));
+                let (name, config) = (&adapter.name, &adapter.config);
+                lora::write_lora(out, name, &lora.pairs, &adapter.saved, config, base.as_deref())?;
+            }
+            Format::OnnxAdapter if !adapter.saved.is_empty() => {
+                return Err(Error::config(
+                    "this adapter trains layers in full, which a model with LoRA slots has no place for; export it \
+                     without --peft-type LORA for a model injected with --overridable",
+                ));
+            }
+            Format::OnnxAdapter => onnx_adapter::write(out, &lora.parameters(), Versions::default())?,
         }
         errors = lora.errors;
     } else if form.format == Format::OnnxAdapter {
         let slot = form.slot.as_deref().unwrap_or(&adapter.name);
-        peft::write_onnx_adapter(out, &export::parameters(model, adapter, slot)?)?;
+        onnx_adapter::write(out, &export::parameters(model, adapter, slot)?, Versions::default())?;
     } else {
         let peft_type = if form.peft_type == ExportType::Bone { PeftType::Bone } else { PeftType::Miss };
         peft::write(out, adapter, &WriteOptions { peft_type, base_model: base_name(model) })?;
