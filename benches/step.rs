@@ -14,7 +14,7 @@ use bone_onnx::inject::{HeadOptions, InjectOptions, inject};
 use bone_onnx::onnx::{Model, Tensor};
 use bone_onnx::train::Loss;
 use bone_onnx::train::data::{Batch, Field};
-use bone_onnx::train::graph::{GradientSession, LossModel, Parameter, parameters};
+use bone_onnx::train::graph::{GradientSession, Learners, LossModel, Parameter, parameters};
 use bone_onnx::train::optimizer::{Group, Optimizer, Rule, Scale};
 use criterion::Criterion;
 
@@ -82,10 +82,11 @@ fn prepare() -> Option<Bench> {
     inject(&base, &options).and_then(|i| i.write(&base, &injected)).expect("an injection");
     let model = Model::open(&injected).expect("the injected model");
     let record = Injection::expect(&model).expect("a record");
-    let parameters = parameters(&model, &record).expect("parameters");
+    let parameters = parameters(&model, &record, &record.active, false).expect("parameters");
+    let learners = Learners { injection: &record, trained: &record.active, dropout: None };
     let topic = model.graph().output.iter().find(|o| o.name() == "topic").expect("the head");
     let field = Field::of(topic);
-    let step = LossModel::new(&model, &record, &parameters, Loss::CrossEntropy, &field, 1)
+    let step = LossModel::new(&model, learners, &parameters, Loss::CrossEntropy, &field, 1)
         .and_then(|m| m.gradient(engine.as_ref(), &load))
         .expect("a gradient");
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The one test command: fetches the engine and the real models (pinned, cached), then checks everything.
-# Needs a Rust toolchain, Python 3 and pip. ORT_DYLIB_PATH, where set, is used instead of the pinned library.
+# Needs a Rust toolchain, Python 3 (with venv) and pip. ORT_DYLIB_PATH, where set, is used instead of the pinned library.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,5 +32,8 @@ step "quickstart"
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 cargo run --release -- quickstart -o "$out"
+
+step "PEFT and ONNX Runtime for Python agree"
+python3 scripts/interop.py
 
 step "all passed"

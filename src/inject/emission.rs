@@ -54,6 +54,15 @@ struct Adapted {
     blocks: Vec<String>,
 }
 
+/// One node that computes an adapted layer, and the adapters on it.
+struct Call<'a> {
+    path: &'a str,
+    linear: &'a Linear,
+    node: &'a NodeProto,
+    stack: &'a [Stacked<'a>],
+    dims: &'a [Dims],
+}
+
 /// An adapter on a layer.
 struct Stacked<'a> {
     adapter: &'a str,
@@ -82,7 +91,8 @@ pub(crate) fn emit(base: &Base, record: &Injection, names: &mut Names, form: For
         let variant = stack[0].config.init_weights.variant();
         let mut made = HashMap::new();
         for linear in &calls {
-            emitter.call(path, linear, variant, &stack, &dims, &mut made)?;
+            let node = &base.graph_at(&linear.scope)?.node[linear.node];
+            emitter.call(&Call { path, linear, node, stack: &stack, dims: &dims }, variant, &mut made)?;
         }
     }
     let Emitter { shared, mut emission, .. } = emitter;
@@ -132,14 +142,11 @@ impl Emitter<'_> {
     /// calls of the same module.
     fn call(
         &mut self,
-        path: &str,
-        linear: &Linear,
+        call: &Call,
         variant: &dyn Variant,
-        stack: &[Stacked],
-        dims: &[Dims],
         made: &mut HashMap<(Scope, String, bool), Adapted>,
     ) -> Result<()> {
-        let node = &self.base.graph_at(&linear.scope)?.node[linear.node];
+        let Call { linear, node, stack, .. } = *call;
         let dropout = |s: &Stacked| match self.form {
             Form::Trained { trained, dropout: Some(seed) }
                 if trained.iter().any(|t| t == s.adapter) && s.config.miss_dropout > 0.0 =>
@@ -155,8 +162,8 @@ impl Emitter<'_> {
             && is_plain
             && dropouts.iter().all(Option::is_none);
         match variant.is_additive() {
-            true if !tiles => self.branch(path, linear, node, stack, dims, &dropouts),
-            additive => self.weight(path, linear, node, stack, dims, additive, made),
+            true if !tiles => self.branch(call, &dropouts),
+            additive => self.weight(call, additive, made),
         }
     }
 
@@ -178,15 +185,8 @@ impl Emitter<'_> {
     }
 
     /// `y = base(x) + S(x)·D₁ + S(x)·D₂ …`, in float32 whatever the base computes in, as PEFT does.
-    fn branch(
-        &mut self,
-        path: &str,
-        linear: &Linear,
-        node: &NodeProto,
-        stack: &[Stacked],
-        dims: &[Dims],
-        dropouts: &[Option<(f64, u64)>],
-    ) -> Result<()> {
+    fn branch(&mut self, call: &Call, dropouts: &[Option<(f64, u64)>]) -> Result<()> {
+        let Call { path, linear, node, stack, dims } = *call;
         let (Some(x), Some(output)) = (node.input_at(0), node.output_at(0)) else { return Ok(()) };
         let half = linear.data_type != DataType::Float;
         let base_output = self.names.fresh(&format!("{output}.base"));
@@ -229,20 +229,12 @@ impl Emitter<'_> {
     }
 
     /// The node reads W' in place of W. With `tiles` it gets the blocks, too, for its derivative rule.
-    fn weight(
-        &mut self,
-        path: &str,
-        linear: &Linear,
-        node: &NodeProto,
-        stack: &[Stacked],
-        dims: &[Dims],
-        tiles: bool,
-        made: &mut HashMap<(Scope, String, bool), Adapted>,
-    ) -> Result<()> {
+    fn weight(&mut self, call: &Call, tiles: bool, made: &mut HashMap<(Scope, String, bool), Adapted>) -> Result<()> {
+        let Call { path, linear, node, stack, dims } = *call;
         let Some(weight) = node.input_at(1) else { return Ok(()) };
         let key = (linear.scope.clone(), weight.to_string(), linear.trans_b);
         if !made.contains_key(&key) {
-            let adapted = self.adapted(path, linear, weight, stack, dims);
+            let adapted = self.adapted(call, weight);
             self.emission.written.inputs.push(Renamed { base: weight.into(), now: adapted.weight.clone() });
             made.insert(key.clone(), adapted);
         }
@@ -260,7 +252,8 @@ impl Emitter<'_> {
     }
 
     /// Writes W' before the node.
-    fn adapted(&mut self, path: &str, linear: &Linear, weight: &str, stack: &[Stacked], dims: &[Dims]) -> Adapted {
+    fn adapted(&mut self, call: &Call, weight: &str) -> Adapted {
+        let Call { path, linear, stack, dims, .. } = *call;
         let mut blocks = Vec::new();
         let layout = Layout { out_in: linear.trans_b, alpha: linear.alpha };
         let half = linear.data_type != DataType::Float;

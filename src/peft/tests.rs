@@ -29,7 +29,9 @@ fn goldens() -> Vec<PathBuf> {
 fn read_clean(dir: &Path) -> Adapter {
     let mut warnings = Vec::new();
     let adapter = read(dir, "default", &ReadOptions::default(), &mut warnings).unwrap();
-    assert!(warnings.is_empty(), "{warnings:?}");
+    // PEFT's Bone trains biases and does not save them.
+    assert!(!dir.ends_with("bone_r4_bias_all") || warnings.len() == 1);
+    assert!(warnings.iter().all(|w| w.contains("bias = all")), "{warnings:?}");
     adapter
 }
 
