@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::printer::Printer;
-use crate::adapter::{Bias, BoneConfig, InitWeights, Injection, PeftType, Pool, TargetModules, TaskType};
-use crate::base::Base;
+use crate::adapter::{Bias, BoneConfig, InitWeights, PeftType, Pool, TargetModules, TaskType};
 use crate::inject::{HeadOptions, InjectOptions, InjectSummary, inject};
 use crate::onnx::Model;
-use crate::select::{self, Defaults, Version};
+use crate::select::Version;
 use crate::{Error, Result};
 
 /// Put Bone adapters (and a head) into a model
@@ -114,9 +113,12 @@ pub struct Args {
 }
 
 pub fn run(args: Args, printer: &Printer) -> Result<()> {
+    let options = args.options(printer)?;
     let model = Model::open(&args.model)?;
-    let options = args.options(&model, printer)?;
     let injected = inject(&model, &options)?;
+    if let Some(chosen) = &injected.summary.default_targets {
+        printer.say(format!("target modules: {chosen}"));
+    }
     injected.summary.warnings.iter().for_each(|w| printer.warn(w));
     let summary = match &args.output {
         Some(out) if !args.dry_run => injected.write(&model, out)?,
@@ -157,7 +159,7 @@ pub fn print(summary: &InjectSummary, p: &Printer) {
 }
 
 impl Args {
-    fn options(&self, model: &Model, printer: &Printer) -> Result<InjectOptions> {
+    fn options(&self, printer: &Printer) -> Result<InjectOptions> {
         let mut config = match &self.config {
             Some(path) => read_config(path, printer)?,
             None => BoneConfig::default(),
@@ -178,16 +180,6 @@ impl Args {
         }
         config.layers_to_transform = self.layers_to_transform.clone().or(config.layers_to_transform);
         config.layers_pattern = self.layers_pattern.clone().or(config.layers_pattern);
-        if config.target_modules.is_none() && self.head.is_none() {
-            let defaults = default_targets(model)?;
-            printer.say(format!(
-                "target modules: {} (PEFT's choice for {}, told by {})",
-                defaults.modules.join(", "),
-                defaults.model_type,
-                defaults.told_by
-            ));
-            config.target_modules = Some(TargetModules::List(defaults.modules));
-        }
         Ok(InjectOptions {
             adapter_name: self.adapter_name.clone(),
             config,
@@ -220,10 +212,4 @@ fn read_config(path: &Path, printer: &Printer) -> Result<BoneConfig> {
     let config = BoneConfig::from_json(&json, &mut warnings).map_err(|e| Error::file(path, e.to_string()));
     warnings.iter().for_each(|w| printer.warn(format!("{}: {w}", path.display())));
     config
-}
-
-/// PEFT's targets for the architecture that the model is.
-fn default_targets(model: &Model) -> Result<Defaults> {
-    let record = Injection::read(model)?;
-    select::default_targets(model, &Base::of(model, record.as_ref())?.linears())
 }

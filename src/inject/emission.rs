@@ -79,6 +79,13 @@ pub(crate) fn emit(base: &Base, record: &Injection, names: &mut Names, form: For
     let mut emitter = Emitter { base, names, form, shared: Constants::default(), emission: Emission::default() };
     emitter.saved(record, &linears)?;
     for (path, stack) in stacks(record)? {
+        let in_full = record.active().find(|a| a.saved.iter().any(|s| s.path.strip_suffix(".weight") == Some(path)));
+        if let Some(other) = in_full {
+            return Err(Error::config(format!(
+                "module {path} is adapted by {} and trained in full by {}: only one of them can be active at a time",
+                stack[0].adapter, other.name
+            )));
+        }
         let calls: Vec<&Linear> = linears.iter().filter(|l| l.path == path).collect();
         let Some(first) = calls.first() else {
             return Err(Error::model(format!("module {path} is no linear layer of this model any more")));

@@ -17,7 +17,7 @@ pub use head::HeadOptions;
 pub use manage::{activate, delete, extract, import, rename};
 pub(crate) use manage::{collect, fit};
 
-use crate::adapter::{Adapter, AdapterRecord, BoneConfig, HeadRecord, Injection, METADATA_KEY};
+use crate::adapter::{Adapter, AdapterRecord, BoneConfig, HeadRecord, Injection, METADATA_KEY, TargetModules};
 use crate::base::Base;
 use crate::onnx::{Durability, Model, Names, Patch, Tensor, copy_external, external};
 use crate::select::{self, Version};
@@ -29,7 +29,7 @@ use emission::{Form, add_initializer, emit};
 #[derive(Debug, Clone)]
 pub struct InjectOptions {
     pub adapter_name: String,
-    /// Without `target_modules` no layer is adapted, which needs a head.
+    /// Without `target_modules`, PEFT's choice for the model's architecture; with a head, none.
     pub config: BoneConfig,
     pub head: Option<HeadOptions>,
     /// Seed of random initial values.
@@ -63,6 +63,9 @@ pub struct Injected {
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct InjectSummary {
     pub adapter: String,
+    /// The target modules and how they were chosen, where none were given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub default_targets: Option<String>,
     pub targets: Vec<InjectedLayer>,
     /// Parameters of the base that are trained in full, by path.
     pub saved: Vec<String>,
@@ -99,32 +102,35 @@ pub struct LeftOut {
 /// An unusable config; target modules that match nothing (with what there is instead); an adapter name that is taken;
 /// a layer that holds an adapter of another kind.
 pub fn inject(model: &Model, options: &InjectOptions) -> Result<Injected> {
-    let config = &options.config;
+    let mut config = options.config.clone();
     config.validate()?;
     check_name(&options.adapter_name)?;
     let old = Injection::read(model)?;
     let mut record = old.clone().unwrap_or_default();
     check_free(model, &record, &options.adapter_name)?;
-    let adapts = config.target_modules.is_some();
-    if !adapts && options.head.is_none() {
-        return Err(Error::config("target_modules is not given: name the layers to adapt, or use all-linear"));
-    }
     record.overridable |= options.overridable;
 
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
     let mut summary = InjectSummary { adapter: options.adapter_name.clone(), ..Default::default() };
     let mut added = Vec::new();
     let base = Base::of(model, old.as_ref())?;
-    if adapts {
-        let linears = base.linears();
-        let selection = select::select_as(&linears, config, options.matching)?;
+    let linears = base.linears();
+    if config.target_modules.is_none() && options.head.is_none() {
+        let defaults = select::default_targets(model, &linears)?;
+        let modules = defaults.modules.join(", ");
+        summary.default_targets =
+            Some(format!("{modules} (PEFT's choice for {}, told by {})", defaults.model_type, defaults.told_by));
+        config.target_modules = Some(TargetModules::List(defaults.modules));
+    }
+    if config.target_modules.is_some() {
+        let selection = select::select_as(&linears, &config, options.matching)?;
         summary.warnings = selection.warnings;
         let left_out = selection.left_out.iter();
         summary.left_out =
             left_out.map(|(i, reason)| LeftOut { module: linears[*i].path.clone(), reason: reason.clone() }).collect();
         let chosen: HashSet<&str> = selection.chosen.iter().map(|i| linears[*i].path.as_str()).collect();
         let site = place::Site { model, base: &base, linears: &linears };
-        let adapter = site.fresh(&options.adapter_name, config, &chosen, &mut rng, &mut summary.warnings)?;
+        let adapter = site.fresh(&options.adapter_name, &config, &chosen, &mut rng, &mut summary.warnings)?;
         added.push(adapter);
     }
     let mut patch = rewrite(model, &base, old.as_ref(), &mut record, &added, &mut summary)?;
@@ -181,7 +187,15 @@ pub(crate) fn rewrite(
     }
     let keep: HashSet<&str> = record.adapters.iter().flat_map(AdapterRecord::parameters).collect();
     let mut patch = old.map(|old| strip(model, old, &keep)).transpose()?.unwrap_or_default();
-    let emission = emit(base, record, &mut names, Form::Served)?;
+    let emission = match emit(base, record, &mut names.clone(), Form::Served) {
+        // An adapter that cannot work together with those that are active comes in all the same, and works alone.
+        Err(clash @ Error::Config(_)) if !added.is_empty() && record.active.len() > added.len() => {
+            record.active = added.iter().map(|a| a.name.clone()).collect();
+            summary.warnings.push(format!("only {} is active now: {clash}", record.active.join(", ")));
+            emit(base, record, &mut names, Form::Served)?
+        }
+        emission => emission?,
+    };
     emission.patch(base, &mut patch);
     for tensor in emission.constants {
         add_initializer(&model.proto, &mut patch, tensor, false);

@@ -1,8 +1,10 @@
 //! Surgery on whole models: the invariants as property tests, PEFT's layer vectors, every shared test model.
 
+mod adapters;
 mod common;
 mod decoder;
 mod heads;
 mod layers;
 mod models;
 mod properties;
+mod random_models;

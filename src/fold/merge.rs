@@ -1,0 +1,263 @@
+//! Merged values on their way into the patch: in place of what is stored, or as a weight of one's own where others
+//! read that, inline or in an external file; made a few rows at a time while they are written.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+
+use bytes::Bytes;
+
+use super::values::{least_common_multiple, narrowed, transposed, widened};
+use super::{FoldOptions, Layer};
+use crate::adapter::{Layout, Merge};
+use crate::base::Base;
+use crate::inject::place::{self, turned};
+use crate::onnx::external::{self, Place};
+use crate::onnx::{
+    AttributeProto, DataType, Due, Model, Names, NewPlace, NewTensor, NodeProto, Patch, RopeError, Scope, Tensor,
+    TensorProto,
+};
+use crate::select::{Linear, Parameter, Source};
+use crate::{Error, Result};
+
+/// External weights of the merged model start at multiples of this (ONNX `docs/ExternalData.md`).
+const ALIGNMENT: u64 = 4096;
+
+/// Elements that are merged at a time: they stay in the processor's cache from the map to the file.
+const CHUNK: usize = 1 << 16;
+
+pub(super) fn aligned(offset: u64) -> u64 {
+    offset.next_multiple_of(ALIGNMENT)
+}
+
+/// The merged weights on their way into the patch.
+pub(super) struct Merger<'a> {
+    pub(super) model: &'a Model,
+    pub(super) base: &'a Base<'a>,
+    pub(super) options: &'a FoldOptions,
+    pub(super) patch: &'a mut Patch,
+    pub(super) external: Vec<Due>,
+    pub(super) location: Option<String>,
+    pub(super) end: u64,
+}
+
+impl Merger<'_> {
+    /// The stored weight takes the blocks.
+    pub(super) fn in_place(&mut self, layer: &Layer) -> Result<()> {
+        let linear = layer.calls[0];
+        let tensor = place::source(self.base, &linear.weight.source)?.clone();
+        let value = self.value(layer, linear, &tensor)?;
+        self.put(&linear.weight.source, &tensor, value)
+    }
+
+    /// Gives a stored tensor another value, where it stands.
+    fn put(&mut self, source: &Source, tensor: &TensorProto, value: Due) -> Result<()> {
+        match source {
+            Source::Initializer { scope, index } => {
+                let place = if external::is_external(tensor) { self.external(value)? } else { NewPlace::Inline(value) };
+                let index = self.base.initializer(scope, *index);
+                self.patch.graph(&self.base.scope(scope)).replace_values.insert(index, place);
+            }
+            Source::ConstantNode { scope, node } => {
+                let mut constant: NodeProto = self.base.graph_at(scope)?.node[*node].clone();
+                let tensor = constant.attribute.iter_mut().find_map(|a: &mut AttributeProto| a.t.as_mut());
+                let tensor = tensor.ok_or_else(|| Error::model("a Constant node lost its tensor"))?;
+                let mut bytes = Vec::with_capacity(value.len);
+                (value.write)(&mut bytes).map_err(|e| e.at(&self.model.path))?;
+                tensor.raw_data = Some(bytes.into());
+                tensor.float_data.clear();
+                tensor.int32_data.clear();
+                let bytes = prost::Message::encode_to_vec(&constant);
+                let index = self.base.node(scope, *node);
+                self.patch.graph(&self.base.scope(scope)).replace_nodes.insert(index, bytes.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The module gets a weight of its own, in the layout its nodes multiply by; the stored one stays as it is.
+    pub(super) fn as_copy(&mut self, layer: &Layer, names: &mut Names) -> Result<()> {
+        let mut by_layout: BTreeMap<(bool, u32), String> = BTreeMap::new();
+        for linear in &layer.calls {
+            let key = (linear.trans_b, linear.alpha.to_bits());
+            let name = match by_layout.get(&key) {
+                Some(name) => name.clone(),
+                None => {
+                    let name = names.fresh(&format!("{}.weight.merged", layer.module));
+                    self.add_copy(layer, linear, &name)?;
+                    by_layout.insert(key, name.clone());
+                    name
+                }
+            };
+            let node = self.base.node(&linear.scope, linear.node);
+            self.patch.graph(&self.base.scope(&linear.scope)).rename_input(node, 1, &name);
+        }
+        Ok(())
+    }
+
+    fn add_copy(&mut self, layer: &Layer, linear: &Linear, name: &str) -> Result<()> {
+        let tensor = place::source(self.base, &linear.weight.source)?.clone();
+        let mut value = self.value(layer, linear, &tensor)?;
+        let (rows, columns) = match linear.is_stored_out_in() {
+            true => (linear.out_features, linear.in_features),
+            false => (linear.in_features, linear.out_features),
+        };
+        let dims = if linear.is_stored_out_in() == linear.trans_b {
+            [rows, columns]
+        } else {
+            let (write, size) = (value.write, value.len / (rows * columns).max(1));
+            value.write = Box::new(move |out: &mut dyn Write| {
+                let mut bytes = Vec::new();
+                write(&mut bytes)?;
+                Ok(out.write_all(&transposed(&bytes, rows, columns, size))?)
+            });
+            [columns, rows]
+        };
+        self.add(name, &dims, &tensor, value)
+    }
+
+    /// A new initializer of the main graph, kept where `like` is.
+    fn add(&mut self, name: &str, dims: &[usize], like: &TensorProto, value: Due) -> Result<()> {
+        let mut header = TensorProto {
+            name: Some(name.into()),
+            dims: dims.iter().map(|d| *d as i64).collect(),
+            data_type: like.data_type,
+            ..Default::default()
+        };
+        let tensor = if external::is_external(like) {
+            if let NewPlace::External(place) = self.external(value)? {
+                let entries = place.entries();
+                header.external_data = entries.external_data;
+                header.data_location = entries.data_location;
+            }
+            header.into()
+        } else {
+            NewTensor { header, value: Some(value) }
+        };
+        self.patch.graph(&Scope::new()).add_initializers.push(tensor);
+        Ok(())
+    }
+
+    /// A parameter that was trained in full takes the place of the base's; `value` is float32, as torch has it.
+    pub(super) fn replace(&mut self, parameter: &Parameter, value: &Tensor, names: &mut Names) -> Result<()> {
+        let tensor = place::source(self.base, &parameter.source)?.clone();
+        let as_read = |transposed: bool| if transposed { turned(value.clone()) } else { value.clone() };
+        let stored = as_read(if parameter.exclusive { parameter.stored_transposed } else { parameter.transposed });
+        let dims = stored.dims().to_vec();
+        let mut wanted = parameter.dims.clone();
+        if parameter.exclusive && parameter.stored_transposed != parameter.transposed {
+            wanted.reverse();
+        }
+        if dims != wanted {
+            return Err(Error::model(format!(
+                "{}: the adapter's value has shape {dims:?}, but the model's is {wanted:?}",
+                parameter.path
+            )));
+        }
+        if self.options.safe && !stored.to_f64().iter().all(|v| v.is_finite()) {
+            return Err(Error::Check(format!(
+                "{}: its trained values are not all finite; the adapter seems to be broken, nothing was written",
+                parameter.path
+            )));
+        }
+        let bytes = narrowed(stored.values::<f32>().unwrap_or_default(), parameter.data_type);
+        let (progress, path) = (self.options.progress.clone(), parameter.path.clone());
+        let value = Due {
+            len: bytes.len(),
+            write: Box::new(move |out| {
+                progress.iter().for_each(|p| p(&path));
+                Ok(out.write_all(&bytes)?)
+            }),
+        };
+        if parameter.exclusive {
+            return self.put(&parameter.source, &tensor, value);
+        }
+        let name = names.fresh(&format!("{}.merged", parameter.path));
+        self.add(&name, &dims, &tensor, value)?;
+        for used in &parameter.uses {
+            let node = self.base.node(&used.scope, used.node);
+            self.patch.graph(&self.base.scope(&used.scope)).rename_input(node, used.input, &name);
+        }
+        Ok(())
+    }
+
+    /// What the layer's adapters do to the weight as `linear` multiplies by it, in the order to do it.
+    fn mergers(&self, layer: &Layer, linear: &Linear) -> Result<Vec<(String, Box<dyn Merge>)>> {
+        let layout = Layout { out_in: linear.is_stored_out_in(), alpha: linear.alpha };
+        let mut mergers = Vec::new();
+        for adapter in &layer.stack {
+            let failed = |what: String| {
+                let text = format!("module {}, adapter {}: {what}", layer.module, adapter.name);
+                Error::Check(text)
+            };
+            let dims = adapter.config.dims(linear.in_features, linear.out_features).map_err(failed)?;
+            let Some(Tensor::F32(block)) = adapter.blocks.get(layer.module) else { continue };
+            let variant = adapter.config.init_weights.variant();
+            let merger = variant.merger(&dims, layout, block.view(), self.options.undo).map_err(failed)?;
+            mergers.push((adapter.name.clone(), merger));
+        }
+        if self.options.undo {
+            mergers.reverse();
+        }
+        Ok(mergers)
+    }
+
+    /// The merged value of `tensor` as `linear` multiplies by it, to be made when it is written, a few rows at a time.
+    fn value(&self, layer: &Layer, linear: &Linear, tensor: &TensorProto) -> Result<Due> {
+        let row_len = if linear.is_stored_out_in() { linear.in_features } else { linear.out_features };
+        let weight: Bytes = self.model.tensor_bytes(tensor)?;
+        let len = weight.len();
+        let mergers = self.mergers(layer, linear)?;
+        let (safe, module, data_type) = (self.options.safe, layer.module.to_string(), linear.data_type);
+        let progress = self.options.progress.clone();
+        let size = if data_type == DataType::Float { 4 } else { 2 };
+        // Chunks hold whole groups of the rows that each merger needs together.
+        let together = mergers.iter().fold(1, |all, (_, m)| least_common_multiple(all, m.rows_together()));
+        let rows = (CHUNK / row_len.max(1)).max(1).next_multiple_of(together);
+        let write = move |out: &mut dyn Write| -> Result<(), RopeError> {
+            progress.iter().for_each(|p| p(&module));
+            let mut values = Vec::new();
+            for (chunk, bytes) in weight.chunks((rows * row_len * size).max(size)).enumerate() {
+                widened(bytes, data_type, &mut values);
+                let broken = |adapter: &str, at: usize, value: f32| {
+                    RopeError::from(Error::Check(format!(
+                        "module {module}: merging adapter {adapter} gives {value} at element {} of the weight; the \
+                         adapter seems to be broken, nothing was written",
+                        chunk * rows * row_len + at
+                    )))
+                };
+                for (adapter, merger) in &mergers {
+                    merger.apply(&mut values, row_len, chunk * rows);
+                    if safe && let Some(at) = values.iter().position(|v| !v.is_finite()) {
+                        return Err(broken(adapter, at, values[at]));
+                    }
+                }
+                if data_type == DataType::Float {
+                    out.write_all(bytemuck::cast_slice(&values))?;
+                    continue;
+                }
+                let bytes = narrowed(&values, data_type);
+                if safe {
+                    // What is finite in float32 can be too large for the stored type.
+                    widened(&bytes, data_type, &mut values);
+                    if let (Some(at), Some((adapter, _))) = (values.iter().position(|v| !v.is_finite()), mergers.last())
+                    {
+                        return Err(broken(adapter, at, values[at]));
+                    }
+                }
+                out.write_all(&bytes)?;
+            }
+            Ok(())
+        };
+        Ok(Due { len, write: Box::new(write) })
+    }
+
+    /// Puts `value` into the merged model's external file.
+    fn external(&mut self, value: Due) -> Result<NewPlace> {
+        let location = self.location.clone().ok_or_else(|| Error::config("the output path names no file"))?;
+        let offset = aligned(self.end);
+        self.end = offset + value.len as u64;
+        let place = Place { location, offset, length: Some(value.len as u64) };
+        self.external.push(value);
+        Ok(NewPlace::External(place))
+    }
+}

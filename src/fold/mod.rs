@@ -1,0 +1,269 @@
+//! Injected (or base and adapter) → merged: each adapted weight takes its blocks in, what trained in full replaces what
+//! it was copied from, the adapters' nodes go, and what remains is a plain ONNX model of the base's shape. Weights are
+//! made one at a time, while the file is written. The same way back: a merged model gives its adapters up again.
+
+mod merge;
+mod values;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::adapter::{Adapter, Injection};
+use crate::base::Base;
+use crate::inject::place::Site;
+use crate::inject::{extract, fit};
+use crate::onnx::external;
+use crate::onnx::{Due, Durability, Model, Names, Patch, Rope, Tensor, copy_external, write_atomic};
+use crate::select::{self, Linear, Source};
+use crate::unload::strip;
+use crate::{Error, Result, did_you_mean};
+use merge::{Merger, aligned};
+
+/// Called with the name of each module or parameter whose merged value is being written.
+pub type Progress = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// How to fold.
+#[derive(Clone, Default)]
+pub struct FoldOptions {
+    /// Refuse a merged weight with a value that is not finite, before anything appears under the final name.
+    pub safe: bool,
+    /// The adapters to merge, in this order; `None`: the active ones in theirs, then `extra`.
+    pub adapters: Option<Vec<String>>,
+    /// Adapters from outside the model (PEFT directories).
+    pub extra: Vec<Adapter>,
+    /// Take adapters that were merged into this model out of its weights again, in the reverse order.
+    pub undo: bool,
+    /// Go on with what of the `extra` adapters fits the model.
+    pub allow_partial: bool,
+    /// Whether to wait until the merged model is on the disk.
+    pub durability: Durability,
+    pub progress: Option<Progress>,
+}
+
+/// A finished fold, not yet written.
+pub struct Folded {
+    patch: Patch,
+    /// Weights of the external file that the merged model gets, if it gets one.
+    external: Vec<Due>,
+    durability: Durability,
+    pub summary: FoldSummary,
+}
+
+/// What a fold did.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct FoldSummary {
+    pub adapters: Vec<String>,
+    /// Modules whose stored weight was changed.
+    pub merged: Vec<String>,
+    /// Modules that got a weight of their own, because others read the stored one.
+    pub copied: Vec<String>,
+    /// Parameters that were trained in full and replaced the base's.
+    pub replaced: Vec<String>,
+    pub head: Option<String>,
+    pub warnings: Vec<String>,
+}
+
+/// One adapted layer: its nodes in the base, and what its weight takes in, in order.
+struct Layer<'a> {
+    module: &'a str,
+    calls: Vec<&'a Linear>,
+    stack: Vec<&'a Adapter>,
+}
+
+/// Plans the fold. Adapters are read, weights are not.
+///
+/// # Errors
+/// No adapter, an unknown one, or one that does not fit; layers where adapters of two kinds meet; a merge that has no
+/// way back.
+pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> {
+    let record = match Injection::read(model)? {
+        None if options.extra.is_empty() => Some(Injection::expect(model)?),
+        record => record,
+    };
+    let mut summary = FoldSummary::default();
+    let base = Base::of(model, record.as_ref())?;
+    let linears = base.linears();
+    let site = Site { model, base: &base, linears: &linears };
+    let adapters = chosen(&site, record.as_ref(), options, &mut summary.warnings)?;
+    let mut patch = match &record {
+        Some(record) => strip(model, record, &HashSet::new())?,
+        None => Patch::default(),
+    };
+    let layers = layers(&adapters, &linears)?;
+
+    // How many of a stored weight's readers are adapted.
+    let mut ours: HashMap<&Source, usize> = HashMap::new();
+    for linear in layers.iter().flat_map(|l| &l.calls) {
+        *ours.entry(&linear.weight.source).or_default() += 1;
+    }
+    let mut names = Names::of(&model.proto);
+    summary.adapters = adapters.iter().map(|a| a.name.clone()).collect();
+    summary.head = record.as_ref().and_then(|r| r.head.as_ref()).map(|h| h.name.clone());
+    let location = data_location(model, out);
+    let mut merge = Merger { model, base: &base, options, patch: &mut patch, external: Vec::new(), location, end: 0 };
+
+    // Weights whose every reader is adapted can change in place, once: for the first module that reads them.
+    let mut taken: HashSet<&Source> = HashSet::new();
+    for layer in &layers {
+        let first = layer.calls[0];
+        let root = &first.weight.source;
+        let alone = ours.get(root) == Some(&first.weight.uses)
+            && layer.calls.iter().all(|c| c.is_stored_out_in() == first.is_stored_out_in() && c.alpha == first.alpha);
+        if alone && taken.insert(root) {
+            merge.in_place(layer)?;
+            summary.merged.push(layer.module.to_string());
+        } else {
+            merge.as_copy(layer, &mut names)?;
+            summary.copied.push(layer.module.to_string());
+        }
+    }
+    if adapters.iter().any(|a| !a.saved.is_empty()) {
+        let parameters = select::parameters(base.graph(), &linears);
+        for (path, value) in saved(&adapters, &layers)? {
+            if options.undo {
+                let what = format!("{path} was replaced by the merge, and its value before is not known");
+                if !options.allow_partial {
+                    return Err(Error::model(format!(
+                        "{what}; --allow-partial takes only the adapted layers back and leaves such parameters"
+                    )));
+                }
+                summary.warnings.push(what);
+                continue;
+            }
+            let parameter = parameters
+                .iter()
+                .find(|p| p.path == path)
+                .ok_or_else(|| Error::model(format!("the model has no parameter {path}")))?;
+            merge.replace(parameter, value, &mut names)?;
+            summary.replaced.push(path.to_string());
+        }
+    }
+    let external = merge.external;
+    Ok(Folded { patch, external, durability: options.durability, summary })
+}
+
+impl Folded {
+    /// Writes the merged model to `out` (which may be the injected model's own path).
+    pub fn write(self, model: &Model, out: &Path) -> Result<FoldSummary> {
+        let rope = model.patched(self.patch)?;
+        copy_external(model, &external::locations(model)?, out, self.durability)?;
+        if !self.external.is_empty()
+            && let Some(location) = data_location(model, out)
+        {
+            let mut data = Rope::default();
+            for value in self.external {
+                data.push(vec![0; (aligned(data.len() as u64) - data.len() as u64) as usize]);
+                data.push_due(value);
+            }
+            write_atomic(&out.with_file_name(location), data, None, self.durability)?;
+        }
+        model.write_as(rope, out, self.durability)?;
+        Ok(self.summary)
+    }
+}
+
+/// Where a merged model keeps the weights that the base keeps in external files: a new file named after the output, so
+/// that the base's own data stays as it is.
+fn data_location(model: &Model, out: &Path) -> Option<String> {
+    let taken = external::locations(model).ok()?;
+    let name = out.file_name()?.to_string_lossy().into_owned();
+    let candidates = [format!("{name}.data"), format!("{name}.merged.data")];
+    candidates.into_iter().find(|c| !taken.contains(c))
+}
+
+/// The adapters to merge, with their values.
+fn chosen(
+    site: &Site,
+    record: Option<&Injection>,
+    options: &FoldOptions,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<Adapter>> {
+    let mut extra = Vec::new();
+    for adapter in &options.extra {
+        let mut adapter = adapter.clone();
+        fit(site, &mut adapter, options.allow_partial, warnings)?;
+        extra.push(adapter);
+    }
+    let active: &[String] = record.map_or(&[], |r| &r.active);
+    let all = || active.iter().chain(extra.iter().map(|a| &a.name)).cloned().collect();
+    let wanted: Vec<String> = options.adapters.clone().unwrap_or_else(all);
+    if wanted.is_empty() {
+        return Err(Error::config("no adapter of this model is active; name those to merge with --adapter-names"));
+    }
+    let mut adapters: Vec<Adapter> = Vec::new();
+    for name in &wanted {
+        if adapters.iter().any(|a| a.name == *name) {
+            return Err(Error::config(format!("adapter {name} is named twice")));
+        }
+        adapters.push(match (extra.iter().find(|a| a.name == *name), record) {
+            (Some(adapter), _) => adapter.clone(),
+            (None, Some(record)) => extract(site.model, record, name)?,
+            (None, None) => {
+                let known: Vec<&str> = extra.iter().map(|a| a.name.as_str()).collect();
+                return Err(Error::config(format!(
+                    "Adapter {name} does not exist; there is {}.{}",
+                    known.join(", "),
+                    did_you_mean(name, known.iter().copied())
+                )));
+            }
+        });
+    }
+    Ok(adapters)
+}
+
+/// The adapted layers, each with the adapters on it in their order.
+fn layers<'a>(adapters: &'a [Adapter], linears: &'a [Linear]) -> Result<Vec<Layer<'a>>> {
+    let mut layers: Vec<Layer> = Vec::new();
+    let mut at: HashMap<&str, usize> = HashMap::new();
+    for linear in linears {
+        match at.get(linear.path.as_str()) {
+            Some(index) => layers[*index].calls.push(linear),
+            None => {
+                let stack: Vec<&Adapter> = adapters.iter().filter(|a| a.blocks.contains_key(&linear.path)).collect();
+                let Some(first) = stack.first() else { continue };
+                let kind = |a: &Adapter| a.config.init_weights.variant().name();
+                if let Some(other) = stack.iter().find(|a| kind(a) != kind(first)) {
+                    return Err(Error::config(format!(
+                        "module {}: adapter {} is {}, but {} is {}; only adapters of one kind are merged into a layer \
+                         together. Choose with --adapter-names",
+                        linear.path,
+                        first.name,
+                        kind(first),
+                        other.name,
+                        kind(other)
+                    )));
+                }
+                at.insert(&linear.path, layers.len());
+                layers.push(Layer { module: &linear.path, calls: vec![linear], stack });
+            }
+        }
+    }
+    Ok(layers)
+}
+
+/// What the adapters replace, by path.
+fn saved<'a>(adapters: &'a [Adapter], layers: &[Layer]) -> Result<BTreeMap<&'a str, &'a Tensor>> {
+    let mut saved: BTreeMap<&str, (&str, &Tensor)> = BTreeMap::new();
+    for adapter in adapters {
+        for (path, value) in &adapter.saved {
+            let clash = match saved.insert(path, (&adapter.name, value)) {
+                Some((other, _)) => Some(format!("trained in full by {other}")),
+                None => layers
+                    .iter()
+                    .find(|l| path.strip_suffix(".weight") == Some(l.module))
+                    .map(|l| format!("adapted by {}", l.stack[0].name)),
+            };
+            if let Some(clash) = clash {
+                return Err(Error::config(format!(
+                    "{path} is trained in full by {} and {clash}: they cannot be merged together. Choose with \
+                     --adapter-names",
+                    adapter.name
+                )));
+            }
+        }
+    }
+    Ok(saved.into_iter().map(|(path, (_, value))| (path, value)).collect())
+}
