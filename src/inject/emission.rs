@@ -125,7 +125,7 @@ fn stacks(record: &Injection) -> Result<Vec<(&str, Vec<Stacked<'_>>)>> {
                 if kinds[0] != kinds[1] {
                     return Err(Error::config(format!(
                         "module {}: adapter {} is {}, but {} is {}; only adapters of one kind work together on a layer \
-                         (PEFT computes nonsense here). Activate one of them: `bone-onnx adapter activate --adapters {}`",
+                         (PEFT fails on others, or computes something else). To choose: `bone-onnx adapter activate --adapters {}`",
                         target.module, below.adapter, kinds[0], stacked.adapter, kinds[1], stacked.adapter
                     )));
                 }

@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use serde_json::json;
 
 use super::super::printer::Printer;
-use crate::adapter::{Adapter, Injection, PeftType};
+use crate::adapter::{Adapter, Injection, METADATA_KEY, PeftType};
 use crate::export;
 use crate::inject::extract;
 use crate::onnx::Model;
@@ -134,8 +134,10 @@ pub fn write(adapter: &Adapter, model: Option<&Model>, form: &FormArgs, printer:
     Ok(())
 }
 
-/// The file's name, for the card and the config; a path would say more than a reader has use for.
+/// The base's file name, for the card and the config: a path would say more than a reader has use for. An injected
+/// model's name is not its base's.
 fn base_name(model: Option<&Model>) -> Option<String> {
-    let name = model?.path.file_name().map(Path::new)?;
+    let model = model.filter(|m| m.metadata(METADATA_KEY).is_none())?;
+    let name = model.path.file_name().map(Path::new)?;
     Some(name.display().to_string())
 }
