@@ -2,6 +2,7 @@
 //! of it all in the model's metadata. Every change of a model's adapters is one rewrite of what they added.
 
 pub(crate) mod emission;
+pub(crate) mod emit;
 mod head;
 mod manage;
 pub(crate) mod place;
@@ -23,7 +24,8 @@ use crate::onnx::{Durability, Model, Names, Patch, Tensor, copy_external, extern
 use crate::select::{self, Version};
 use crate::unload::strip;
 use crate::{Error, Result};
-use emission::{Form, add_initializer, emit};
+use emission::{Form, add_initializer};
+use emit::emit;
 
 /// What to inject.
 #[derive(Debug, Clone)]

@@ -11,7 +11,8 @@ use super::graph::Learners;
 use crate::Result;
 use crate::autodiff::{Adjoints, Rule, Rules, Vjp};
 use crate::base::Base;
-use crate::inject::emission::{DOMAIN, Form, TILED_GEMM, TILED_MATMUL, emit};
+use crate::inject::emission::{DOMAIN, Form, TILED_GEMM, TILED_MATMUL};
+use crate::inject::emit::emit;
 use crate::onnx::{GraphProto, ModelProto, Names};
 
 /// Inputs of the tiled operators: x, the merged weight, the bias (or nothing), then a block and its shard selection for

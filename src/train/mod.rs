@@ -89,7 +89,15 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     let trained = trained(&injection, options.adapter_names.as_deref())?;
     let parameters = graph::parameters(model, &injection, &trained, options.decay_all)?;
     if parameters.is_empty() {
-        return Err(Error::file(&model.path, "nothing in it is trainable; inject an adapter or a head first"));
+        let what = match injection.adapters.first() {
+            Some(adapter) => format!(
+                "none of its adapters is active, so there is nothing to train; activate one: `bone-onnx adapter activate \
+                 --adapters {}`",
+                adapter.name
+            ),
+            None => "nothing in it is trainable; inject an adapter or a head first".into(),
+        };
+        return Err(Error::file(&model.path, what));
     }
     let inputs = Field::inputs(model.graph());
     let output = output_field(model, &injection, options.output.as_deref())?;
@@ -114,6 +122,12 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     let batch_size = batch_size(&inputs, options.batch_size, std::iter::once(&feed).chain(&eval_feed))?;
 
     let drops_out = injection.active().any(|a| trained.contains(&a.name) && a.config.miss_dropout > 0.0);
+    if drops_out && engine.name() == "tract" {
+        return Err(Error::config(
+            "miss_dropout needs ONNX Runtime: tract cannot drop inputs out. Use --engine onnxruntime, or inject without \
+             --miss-dropout",
+        ));
+    }
     let loss_model = |dropout| {
         let learners = Learners { injection: &injection, trained: &trained, dropout };
         LossModel::new(model, learners, &parameters, options.loss, &output, feed.label_rank())
