@@ -199,11 +199,11 @@ pub(crate) fn rewrite(
         emission => emission?,
     };
     emission.patch(base, &mut patch);
-    for tensor in emission.constants {
-        add_initializer(&model.proto, &mut patch, tensor, false);
-    }
     for (name, value) in values {
         add_initializer(&model.proto, &mut patch, value.to_proto(&name), record.overridable);
+    }
+    for tensor in emission.constants {
+        add_initializer(&model.proto, &mut patch, tensor, false);
     }
     record.written = emission.written;
     summary.active = record.active.clone();

@@ -1,5 +1,6 @@
 //! The command line as a person meets it: every bad input gets one clear error, exit code 1 and no output file.
 
+mod adapters;
 mod faults;
 
 use std::path::{Path, PathBuf};
