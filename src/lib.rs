@@ -10,6 +10,7 @@
 //! | [`base`], [`inject`], [`fold`], [`unload`] | graph surgery: the base inside an injected model, and the ways there and back |
 //! | [`peft`], [`export`] | adapters in the forms that others read and write |
 //! | [`autodiff`] | reverse mode, ONNX → ONNX |
+//! | [`grad`] | a model and its gradient in one file |
 //! | [`engine`] | ONNX Runtime and tract behind one trait |
 //! | [`train`] | loss graphs, data readers, optimizer, schedule, loop, metrics |
 //! | [`cli`] | one file per subcommand |
@@ -22,6 +23,7 @@ pub mod engine;
 mod error;
 pub mod export;
 pub mod fold;
+pub mod grad;
 pub mod inject;
 pub mod onnx;
 pub mod peft;

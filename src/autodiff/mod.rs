@@ -65,6 +65,8 @@ pub struct Gradient {
     pub model: ModelProto,
     /// Output name of the gradient for each name in [`Request::wrt`], in that order.
     pub gradients: Vec<String>,
+    /// How many of the model's nodes lie on the way and were differentiated.
+    pub differentiated: usize,
 }
 
 /// Extends `model` (tensors may be external) by the gradient of `request.of` with respect to `request.wrt`, with the
@@ -136,7 +138,7 @@ pub fn gradient_with(model: &ModelProto, request: &Request, rules: &Rules) -> Re
     graph.initializer.extend(constants.into_iter().filter(|t| needed.contains(t.name())));
     graph.input.extend(new_inputs);
     graph.output.extend(new_outputs);
-    Ok(Gradient { model, gradients })
+    Ok(Gradient { model, gradients, differentiated: path.len() })
 }
 
 /// Every name in the request is a value of the main graph.

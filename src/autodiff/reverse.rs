@@ -94,6 +94,11 @@ fn casts_to_integer(node: &NodeProto) -> bool {
 }
 
 impl Path {
+    /// Number of nodes on the way.
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
     /// The way from `wrt` to `of`.
     pub fn find(scope: Scope, of: &[String], wrt: &[String]) -> Result<Path> {
         let mut path = Path { active: wrt.iter().cloned().collect(), ..Path::default() };

@@ -4,6 +4,7 @@ mod adapter;
 mod doctor;
 mod engine;
 mod fold;
+mod grad;
 mod inject;
 mod inspect;
 mod printer;
@@ -44,6 +45,7 @@ enum Command {
     Fold(fold::Args),
     Unload(unload::Args),
     Adapter(adapter::Args),
+    Grad(grad::Args),
     Verify(verify::Args),
     Doctor(doctor::Args),
     Quickstart(quickstart::Args),
@@ -73,6 +75,7 @@ fn run(command: Command, printer: &Printer) -> Result<()> {
         Command::Fold(args) => fold::run(args, printer),
         Command::Adapter(args) => adapter::run(args, printer),
         Command::Unload(args) => unload::run(args, printer),
+        Command::Grad(args) => grad::run(args, printer),
         Command::Verify(args) => verify::run(args, printer),
         Command::Doctor(args) => doctor::run(args, printer),
         Command::Quickstart(args) => quickstart::run(args, printer),

@@ -2,6 +2,7 @@
 
 mod adapters;
 mod faults;
+mod grad;
 
 use std::path::{Path, PathBuf};
 use std::process::Output;
