@@ -3,6 +3,7 @@
 mod cases;
 mod gelu;
 mod harness;
+mod loops;
 mod table;
 mod whole;
 

@@ -10,6 +10,7 @@ mod conv;
 mod elementwise;
 mod index;
 mod layout;
+mod loops;
 mod matmul;
 mod norm;
 mod reduce;
@@ -75,6 +76,7 @@ impl Rules {
         conv::add(&mut rules);
         contrib::add(&mut rules);
         control::add(&mut rules);
+        loops::add(&mut rules);
         zero::add(&mut rules);
         rules
     }
