@@ -12,7 +12,7 @@ fn by(dims: &[usize]) -> Arg {
     between(dims, -1.5, 1.5)
 }
 
-fn between(dims: &[usize], lo: f64, hi: f64) -> Arg {
+pub fn between(dims: &[usize], lo: f64, hi: f64) -> Arg {
     let n = dims.iter().product();
     Arg::By(dims.to_vec(), Random(n as u64 * 31 + dims.len() as u64 + lo.to_bits() % 97).values(n, lo, hi))
 }
@@ -65,6 +65,7 @@ pub fn all() -> Vec<Case> {
     norm(&mut cases);
     conv(&mut cases);
     contrib(&mut cases);
+    cases.extend(super::recurrent::cases());
     cases
 }
 

@@ -122,18 +122,19 @@ fn scan_axes_and_directions() {
     }
 }
 
-/// The initial state is captured too, and an output of the body is given twice.
+/// The initial state is captured too.
 #[test]
 fn scan_with_values_used_twice() {
     let body = GraphProto {
         name: Some("twice".into()),
         input: vec![double("s"), double("x")],
-        output: vec![double("s_next"), double("s_next"), double("same")],
+        output: vec![double("s_next"), double("s_again"), double("same")],
         node: vec![
             node("Identity", &["x"], &["same"]),
             node("Mul", &["s", "s0"], &["a"]),
             node("Add", &["a", "x"], &["b"]),
             node("Sin", &["b"], &["s_next"]),
+            node("Identity", &["s_next"], &["s_again"]),
         ],
         ..Default::default()
     };
@@ -145,7 +146,7 @@ fn scan_with_values_used_twice() {
 fn turn() -> GraphProto {
     GraphProto {
         name: Some("turn".into()),
-        input: vec![any("i", DataType::Int64), any("go", DataType::Bool), double("v")],
+        input: vec![value_info("i", DataType::Int64, &[]), value_info("go", DataType::Bool, &[]), double("v")],
         output: vec![any("go_on", DataType::Bool), double("v_next"), double("twice")],
         node: vec![
             node("MatMul", &["v", "W"], &["vW"]),
@@ -201,7 +202,7 @@ fn loops_of_no_turn() {
 fn loop_that_only_adds() {
     let body = GraphProto {
         name: Some("adds".into()),
-        input: vec![any("i", DataType::Int64), any("go", DataType::Bool), double("v")],
+        input: vec![value_info("i", DataType::Int64, &[]), value_info("go", DataType::Bool, &[]), double("v")],
         output: vec![any("go_on", DataType::Bool), double("v_next")],
         node: vec![node("Identity", &["go"], &["go_on"]), node("Add", &["v", "w"], &["v_next"])],
         ..Default::default()
@@ -221,7 +222,7 @@ fn loops_in_loops() {
     let inner = scan(cell(), &["v", "xs"], &["v_next", "ys"], vec![]);
     let body = GraphProto {
         name: Some("outer".into()),
-        input: vec![any("i", DataType::Int64), any("go", DataType::Bool), double("v")],
+        input: vec![value_info("i", DataType::Int64, &[]), value_info("go", DataType::Bool, &[]), value_info("v", DataType::Double, &["", ""])],
         output: vec![any("go_on", DataType::Bool), double("v_next"), double("ys")],
         node: vec![node("Identity", &["go"], &["go_on"]), inner],
         ..Default::default()
@@ -283,7 +284,7 @@ fn sequences_are_refused() {
     };
     let body = GraphProto {
         name: Some("append".into()),
-        input: vec![any("i", DataType::Int64), any("go", DataType::Bool), sequence("list")],
+        input: vec![value_info("i", DataType::Int64, &[]), value_info("go", DataType::Bool, &[]), sequence("list")],
         output: vec![any("go_on", DataType::Bool), sequence("longer")],
         node: vec![node("Identity", &["go"], &["go_on"]), node("SequenceInsert", &["list", "w"], &["longer"])],
         ..Default::default()

@@ -4,6 +4,7 @@ mod cases;
 mod gelu;
 mod harness;
 mod loops;
+mod recurrent;
 mod table;
 mod whole;
 
