@@ -235,12 +235,7 @@ fn obstacles(scope: Scope, node: &NodeProto, active: &[String]) -> Result<BTreeM
 
 /// What is active inside `graph`, a subgraph of `node`, where `active` is among `node`'s inputs and captures: these,
 /// the body inputs that stand for them, and the states that depend on them after some step.
-pub(super) fn active_inside(
-    scope: Scope,
-    node: &NodeProto,
-    graph: &GraphProto,
-    active: &[String],
-) -> Vec<String> {
+pub(super) fn active_inside(scope: Scope, node: &NodeProto, graph: &GraphProto, active: &[String]) -> Vec<String> {
     let mut inside: Vec<String> = captures(graph).into_iter().filter(|name| active.contains(name)).collect();
     let differentiable = |name: &str| differentiable(scope.shapes, name);
     for (x, inner) in node.input.iter().zip(&graph.input) {

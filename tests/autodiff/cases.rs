@@ -335,6 +335,10 @@ fn layout(c: &mut Vec<Case>) {
 }
 
 fn indices(c: &mut Vec<Case>) {
+    let scalar = |value| Arg::By(vec![], vec![value]);
+    c.push(case("Range", vec![scalar(0.3), scalar(2.0), scalar(0.4)]));
+    c.push(case("Range", vec![scalar(0.3), scalar(-2.0), scalar(-0.5)]).what("down"));
+    c.push(case("Range", vec![scalar(0.3), scalar(0.1), scalar(0.5)]).what("empty"));
     for at in [0, 2, -1, -4] {
         for axis in [0, 1, -1] {
             c.push(

@@ -207,12 +207,7 @@ fn loop_that_only_adds() {
         node: vec![node("Identity", &["go"], &["go_on"]), node("Add", &["v", "w"], &["v_next"])],
         ..Default::default()
     };
-    let feeds = [
-        ("m", Tensor::scalar(5i64)),
-        ("c", flag(true)),
-        ("v0", values(&[3], 4)),
-        ("w", values(&[3], 5)),
-    ];
+    let feeds = [("m", Tensor::scalar(5i64)), ("c", flag(true)), ("v0", values(&[3], 4)), ("w", values(&[3], 5))];
     check(vec![looped(body, &["m", "c", "v0"], &["vT"])], &feeds, &["vT"]);
 }
 
@@ -222,7 +217,11 @@ fn loops_in_loops() {
     let inner = scan(cell(), &["v", "xs"], &["v_next", "ys"], vec![]);
     let body = GraphProto {
         name: Some("outer".into()),
-        input: vec![value_info("i", DataType::Int64, &[]), value_info("go", DataType::Bool, &[]), value_info("v", DataType::Double, &["", ""])],
+        input: vec![
+            value_info("i", DataType::Int64, &[]),
+            value_info("go", DataType::Bool, &[]),
+            value_info("v", DataType::Double, &["", ""]),
+        ],
         output: vec![any("go_on", DataType::Bool), double("v_next"), double("ys")],
         node: vec![node("Identity", &["go"], &["go_on"]), inner],
         ..Default::default()
@@ -271,9 +270,8 @@ fn loops_in_loops() {
 #[test]
 fn sequences_are_refused() {
     let tensor = type_proto::Value::TensorType(type_proto::Tensor { elem_type: Some(11), shape: None });
-    let list = type_proto::Sequence {
-        elem_type: Some(Box::new(TypeProto { value: Some(tensor), ..Default::default() })),
-    };
+    let list =
+        type_proto::Sequence { elem_type: Some(Box::new(TypeProto { value: Some(tensor), ..Default::default() })) };
     let sequence = |name: &str| ValueInfoProto {
         name: Some(name.into()),
         r#type: Some(TypeProto {

@@ -59,10 +59,10 @@ pub(super) fn gru(cell: &Cell) -> Result<Found> {
         vec![before, dz, dr, dn]
     });
     let (dh0, dz) = (out[0].clone(), out[1..].to_vec());
-    let rows = |value: &str| v.reshape(value, v.concat(&[v.ints(&[-1]), v.dim_of(v.node.input_at(2).unwrap_or(""), 2)], 0));
-    let weight = |dz: &str, h: &str| {
-        v.op("Gemm", &[&rows(dz), &rows(h)], vec![crate::onnx::AttributeProto::int("transA", 1)])
-    };
+    let rows =
+        |value: &str| v.reshape(value, v.concat(&[v.ints(&[-1]), v.dim_of(v.node.input_at(2).unwrap_or(""), 2)], 0));
+    let weight =
+        |dz: &str, h: &str| v.op("Gemm", &[&rows(dz), &rows(h)], vec![crate::onnx::AttributeProto::int("transA", 1)]);
     let (du, dr) = match linear {
         true => (v.concat(&[dz[0].clone(), dz[1].clone(), v.mul(&dz[2], &r)], -1), None),
         false => {

@@ -224,10 +224,8 @@ impl Sweep {
         let turns = v.dim_of(&self.scanned[0].0, 0);
         let last = v.sub(&turns, v.ints(&[1]));
         let (turn, go, at, go_on) = (v.fresh("turn"), v.fresh("go"), v.fresh("at"), v.fresh("go_on"));
-        let mut nodes = vec![
-            node("Identity", &[&go], &[&go_on]),
-            node("Sub", &[&v.squeeze(last, v.ints(&[0])), &turn], &[&at]),
-        ];
+        let mut nodes =
+            vec![node("Identity", &[&go], &[&go_on]), node("Sub", &[&v.squeeze(last, v.ints(&[0])), &turn], &[&at])];
         nodes.extend(self.scanned.iter().map(|(value, inner, ..)| node("Gather", &[value, &at], &[inner.name()])));
         nodes.append(&mut graph.node);
         let states = self.initial.iter().map(|(_, info)| info.clone());
@@ -259,7 +257,11 @@ fn keep(v: &Vjp, original: &GraphProto, stored: &[(usize, ValueInfoProto)]) -> V
     for (i, info) in stored {
         let inner = v.fresh(&format!("{}.kept", original.input[*i].name()));
         graph.node.push(node("Identity", &[original.input[*i].name()], &[&inner]));
-        graph.output.push(ValueInfoProto { name: Some(inner.clone()), r#type: info.r#type.clone(), ..Default::default() });
+        graph.output.push(ValueInfoProto {
+            name: Some(inner.clone()),
+            r#type: info.r#type.clone(),
+            ..Default::default()
+        });
         let outer = v.fresh(&format!("{}.steps", original.input[*i].name()));
         forward.output.push(outer.clone());
         names.push(outer);

@@ -15,6 +15,7 @@ mod loops;
 mod lstm;
 mod matmul;
 mod norm;
+mod range;
 mod recurrent;
 mod reduce;
 mod softmax;
@@ -78,6 +79,7 @@ impl Rules {
         softmax::add(&mut rules);
         conv::add(&mut rules);
         contrib::add(&mut rules);
+        range::add(&mut rules);
         recurrent::add(&mut rules);
         control::add(&mut rules);
         loops::add(&mut rules);

@@ -57,12 +57,7 @@ pub(super) struct Found {
     pub dp: Option<String>,
 }
 
-fn recurrent(
-    v: &Vjp,
-    defaults: &[&str],
-    lstm: bool,
-    cell: fn(&Cell) -> Result<Found>,
-) -> Result<Adjoints> {
+fn recurrent(v: &Vjp, defaults: &[&str], lstm: bool, cell: fn(&Cell) -> Result<Found>) -> Result<Adjoints> {
     let (x, w, r) = (v.x(0)?, v.x(1)?, v.x(2)?);
     if v.node.attr("clip").is_some() {
         return Err(v.error("it clips its gates; export the model without clip"));

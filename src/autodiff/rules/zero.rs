@@ -62,7 +62,6 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("", "Mod", "jumps wherever its operands divide"),
     ("", "QLinearMatMul", ROUNDS),
     ("", "QuantizeLinear", ROUNDS),
-    ("", "Range", "has a length that depends on its inputs"),
     ("", "ReduceProd", "is not written yet"),
     (MICROSOFT, "Attention", FUSED),
     (MICROSOFT, "GroupQueryAttention", FUSED),

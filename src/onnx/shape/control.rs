@@ -90,9 +90,8 @@ impl Shapes {
                 let (Some(before), Some(after)) = (graph.input.get(i), graph.output.get(i - 1)) else { continue };
                 let Some(old) = start.dims(before.name()).map(<[Dim]>::to_vec) else { continue };
                 let new = inner.dims(after.name()).filter(|new| new.len() == old.len());
-                let kept = new.map(|new| {
-                    old.iter().zip(new).map(|(a, b)| (*a, a == b || free.contains(a))).collect::<Vec<_>>()
-                });
+                let kept = new
+                    .map(|new| old.iter().zip(new).map(|(a, b)| (*a, a == b || free.contains(a))).collect::<Vec<_>>());
                 if kept.as_ref().is_some_and(|kept| kept.iter().all(|(_, kept)| *kept)) {
                     continue;
                 }
