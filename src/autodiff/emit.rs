@@ -35,6 +35,8 @@ struct State {
     forward_transposed: HashMap<String, (String, Vec<i64>)>,
     /// Optional outputs that rules asked of forward nodes, by the node's first output.
     amended: BTreeMap<String, BTreeMap<usize, String>>,
+    /// Loops that rules gave further outputs to, by one of the node's outputs.
+    replaced: BTreeMap<String, NodeProto>,
 }
 
 impl Emitter {
@@ -92,10 +94,18 @@ impl Emitter {
         name
     }
 
-    /// Gives forward nodes the outputs asked for by [`Emitter::forward_output`].
+    /// Puts `node`, which has all outputs of the forward node that gives `output` and more, in its place.
+    pub(super) fn replace(&self, output: &str, node: NodeProto) {
+        self.state.borrow_mut().replaced.insert(output.to_string(), node);
+    }
+
+    /// Gives forward nodes the outputs asked for by [`Emitter::forward_output`] and [`Emitter::replace`].
     pub(super) fn amend(&self, nodes: &mut [NodeProto]) {
         let mut state = self.state.borrow_mut();
         for node in nodes {
+            if let Some(more) = node.output.iter().find_map(|y| state.replaced.remove(y)) {
+                *node = more;
+            }
             for (index, name) in node.output.first().and_then(|key| state.amended.remove(key)).into_iter().flatten() {
                 if node.output.len() <= index {
                     node.output.resize(index + 1, String::new());

@@ -99,10 +99,9 @@ impl Path {
         self.nodes.len()
     }
 
-    /// The way from `wrt` to `of`.
-    pub fn find(scope: Scope, of: &[String], wrt: &[String]) -> Result<Path> {
+    /// The nodes that `wrt` reaches, wherever they lead.
+    fn find_active(scope: Scope, wrt: &[String]) -> Path {
         let mut path = Path { active: wrt.iter().cloned().collect(), ..Path::default() };
-        let mut way: Vec<(usize, Vec<String>)> = Vec::new();
         for (i, node) in scope.nodes.iter().enumerate() {
             let inputs = inputs(node);
             let zero = matches!(scope.rules.get(node), Some(Rule::Zero(_))) || casts_to_integer(node);
@@ -113,8 +112,15 @@ impl Path {
             let open = !matches!(scope.rules.get(node), Some(Rule::Vjp(_)));
             let outputs = node.output.iter().filter(|y| !y.is_empty() && (open || differentiable(scope.shapes, y)));
             path.active.extend(outputs.cloned());
-            way.push((i, inputs));
+            path.nodes.push((i, inputs));
         }
+        path
+    }
+
+    /// The way from `wrt` to `of`.
+    pub fn find(scope: Scope, of: &[String], wrt: &[String]) -> Result<Path> {
+        let mut path = Path::find_active(scope, wrt);
+        let way = std::mem::take(&mut path.nodes);
         let mut needed: HashSet<&str> = of.iter().map(String::as_str).filter(|v| path.active.contains(*v)).collect();
         let mut blocked: HashSet<&str> = HashSet::new();
         let mut on_way = vec![false; way.len()];
@@ -210,8 +216,9 @@ fn obstacles(scope: Scope, node: &NodeProto, active: &[String]) -> Result<BTreeM
         Some(Rule::Vjp(_)) => {
             for graph in node.attribute.iter().filter_map(|a| a.g.as_ref()) {
                 let outputs: Vec<String> = graph.output.iter().map(|v| v.name().to_string()).collect();
-                let shapes = scope.shapes.subgraph(graph, scope.opset);
+                let shapes = scope.shapes.inside(node, graph, scope.opset);
                 let inner = Scope { nodes: &graph.node, shapes: &shapes, ..scope };
+                let active = &active_inside(inner, node, graph, active);
                 for (key, nodes) in Path::find(inner, &outputs, active)?.obstacles {
                     found.entry(key).or_insert_with(Vec::new).extend(nodes.into_iter().rev());
                 }
@@ -229,4 +236,40 @@ fn obstacles(scope: Scope, node: &NodeProto, active: &[String]) -> Result<BTreeM
         }
     }
     Ok(found)
+}
+
+/// What is active inside `graph`, a subgraph of `node`, where `active` is among `node`'s inputs and captures: these,
+/// the body inputs that stand for them, and the states that depend on them after some step.
+pub(super) fn active_inside(scope: Scope, node: &NodeProto, graph: &GraphProto, active: &[String]) -> Vec<String> {
+    let mut inside: Vec<String> = captures(graph).into_iter().filter(|name| active.contains(name)).collect();
+    let differentiable = |name: &str| differentiable(scope.shapes, name);
+    for (x, inner) in node.input.iter().zip(&graph.input) {
+        if active.contains(x) && differentiable(inner.name()) {
+            inside.push(inner.name().to_string());
+        }
+    }
+    let outputs: Vec<String> = graph.output.iter().map(|v| v.name().to_string()).collect();
+    loop {
+        let path = Path::find_active(scope, &inside);
+        let before = inside.len();
+        for (y, inner) in outputs.iter().skip(usize::from(node.is("Loop"))).zip(states(node, graph)) {
+            if path.active.contains(y) && differentiable(inner) && !inside.iter().any(|name| name == inner) {
+                inside.push(inner.to_string());
+            }
+        }
+        if inside.len() == before {
+            return inside;
+        }
+    }
+}
+
+/// Names inside the body `graph` of what `node`, a Scan or Loop, carries from step to step.
+pub(super) fn states<'a>(node: &NodeProto, graph: &'a GraphProto) -> Vec<&'a str> {
+    let (first, scanned) = match node.op_type() {
+        "Loop" => (2, 0),
+        "Scan" => (0, node.attr_i("num_scan_inputs", 0).max(0) as usize),
+        _ => return vec![],
+    };
+    let end = graph.input.len().saturating_sub(scanned);
+    graph.input.iter().take(end).skip(first).map(|i| i.name()).collect()
 }

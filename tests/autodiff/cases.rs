@@ -12,7 +12,7 @@ fn by(dims: &[usize]) -> Arg {
     between(dims, -1.5, 1.5)
 }
 
-fn between(dims: &[usize], lo: f64, hi: f64) -> Arg {
+pub fn between(dims: &[usize], lo: f64, hi: f64) -> Arg {
     let n = dims.iter().product();
     Arg::By(dims.to_vec(), Random(n as u64 * 31 + dims.len() as u64 + lo.to_bits() % 97).values(n, lo, hi))
 }
@@ -65,6 +65,7 @@ pub fn all() -> Vec<Case> {
     norm(&mut cases);
     conv(&mut cases);
     contrib(&mut cases);
+    cases.extend(super::recurrent::cases());
     cases
 }
 
@@ -334,6 +335,10 @@ fn layout(c: &mut Vec<Case>) {
 }
 
 fn indices(c: &mut Vec<Case>) {
+    let scalar = |value| Arg::By(vec![], vec![value]);
+    c.push(case("Range", vec![scalar(0.3), scalar(2.0), scalar(0.4)]));
+    c.push(case("Range", vec![scalar(0.3), scalar(-2.0), scalar(-0.5)]).what("down"));
+    c.push(case("Range", vec![scalar(0.3), scalar(0.1), scalar(0.5)]).what("empty"));
     for at in [0, 2, -1, -4] {
         for axis in [0, 1, -1] {
             c.push(

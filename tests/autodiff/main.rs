@@ -3,6 +3,8 @@
 mod cases;
 mod gelu;
 mod harness;
+mod loops;
+mod recurrent;
 mod table;
 mod whole;
 

@@ -27,7 +27,7 @@ fn conditional(v: &Vjp) -> Result<Adjoints> {
 }
 
 /// `graph` with new names for the values that it and the graphs below it define.
-fn renamed(v: &Vjp, graph: &GraphProto, outer: &HashMap<String, String>) -> GraphProto {
+pub(super) fn renamed(v: &Vjp, graph: &GraphProto, outer: &HashMap<String, String>) -> GraphProto {
     let mut graph = graph.clone();
     let mut names = outer.clone();
     let defined = graph.input.iter().map(|i| i.name()).chain(graph.initializer.iter().map(|t| t.name()));

@@ -8,10 +8,15 @@ mod contrib;
 mod control;
 mod conv;
 mod elementwise;
+mod gru;
 mod index;
 mod layout;
+mod loops;
+mod lstm;
 mod matmul;
 mod norm;
+mod range;
+mod recurrent;
 mod reduce;
 mod softmax;
 mod zero;
@@ -74,7 +79,10 @@ impl Rules {
         softmax::add(&mut rules);
         conv::add(&mut rules);
         contrib::add(&mut rules);
+        range::add(&mut rules);
+        recurrent::add(&mut rules);
         control::add(&mut rules);
+        loops::add(&mut rules);
         zero::add(&mut rules);
         rules
     }

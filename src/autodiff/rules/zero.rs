@@ -49,7 +49,6 @@ const ZERO: &[(&str, &str)] = &[
 
 const ROUNDS: &str = "rounds to a grid, which has no useful derivative; train the model before it is quantized";
 const FUSED: &str = "is a fused operator; export the model without this fusion";
-const LOOP: &str = "runs its body an unknown number of times; export the model with the loop unrolled";
 
 const REFUSED: &[(&str, &str, &str)] = &[
     ("", "Attention", "is not written yet; export the model with an operator set below 23"),
@@ -59,17 +58,11 @@ const REFUSED: &[(&str, &str, &str)] = &[
         "reads what was rounded to a grid, and its scale belongs to the quantization: freeze both",
     ),
     ("", "DynamicQuantizeLinear", ROUNDS),
-    ("", "GRU", "is recurrent; rules for recurrent operators are not written yet"),
-    ("", "LSTM", "is recurrent; rules for recurrent operators are not written yet"),
-    ("", "Loop", LOOP),
     ("", "MatMulInteger", ROUNDS),
     ("", "Mod", "jumps wherever its operands divide"),
     ("", "QLinearMatMul", ROUNDS),
     ("", "QuantizeLinear", ROUNDS),
-    ("", "RNN", "is recurrent; rules for recurrent operators are not written yet"),
-    ("", "Range", "has a length that depends on its inputs"),
     ("", "ReduceProd", "is not written yet"),
-    ("", "Scan", LOOP),
     (MICROSOFT, "Attention", FUSED),
     (MICROSOFT, "GroupQueryAttention", FUSED),
     (MICROSOFT, "MultiHeadAttention", FUSED),

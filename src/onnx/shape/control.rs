@@ -1,11 +1,11 @@
-//! Control flow: what an If gives, whichever branch runs.
+//! Control flow: what an If gives, whichever branch runs, and what a Scan or a Loop gives after any number of steps.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
-use super::op::{Op, Rules, known};
-use super::{Dim, GraphProto, Shapes, ValueShape};
+use super::op::{Op, Rules, axis, known};
+use super::{DataType, Dim, GraphProto, NodeProto, Shapes, ValueShape};
 
-pub(super) const RULES: Rules = &[(&["If"], branch), (&["Loop"], carried)];
+pub(super) const RULES: Rules = &[(&["If"], branch), (&["Scan"], scan), (&["Loop"], carried)];
 
 fn branch(op: &mut Op) -> Option<()> {
     let graph = |name: &str| op.node.attr(name).and_then(|a| a.g.as_ref());
@@ -54,12 +54,123 @@ fn merged(op: &mut Op, a: ValueShape, b: ValueShape) -> ValueShape {
     ValueShape { element, dims }
 }
 
-/// A value that a loop carries keeps its element type; its shape may change from turn to turn.
+impl Shapes {
+    /// Shapes inside `graph`, the body of the Scan or Loop `node`, that hold of every step. What a state keeps from step
+    /// to step is found by induction: it is what the first step gets and each step gives again.
+    pub fn body(&self, node: &NodeProto, graph: &GraphProto, opset: i64) -> Self {
+        let skipped = usize::from(node.is("Loop"));
+        let scanned = if node.is("Loop") { 0 } else { node.attr_i("num_scan_inputs", 0).max(0) as usize };
+        let states = skipped * 2..graph.input.len().saturating_sub(scanned);
+        let mut start = self.clone();
+        let mut free: HashSet<Dim> = HashSet::new();
+        for (i, info) in graph.input.iter().enumerate() {
+            start.forget(info.name());
+            let outer = node.input_at(i).and_then(|x| self.get(x)).cloned().unwrap_or_default();
+            let shape = match (node.is("Loop"), i) {
+                (true, 0) => ValueShape { element: Some(DataType::Int64), dims: Some(vec![]) },
+                (true, 1) => ValueShape { element: Some(DataType::Bool), dims: Some(vec![]) },
+                _ if states.contains(&i) => outer,
+                _ => {
+                    let at = attr(node, "scan_input_axes", i.saturating_sub(states.end));
+                    let dims = outer.dims.and_then(|mut dims| {
+                        dims.remove(axis(at, dims.len())?);
+                        Some(dims)
+                    });
+                    ValueShape { element: outer.element, dims }
+                }
+            };
+            start.values.insert(info.name().into(), shape);
+            start.refine(info.name(), info);
+        }
+        loop {
+            let mut inner = start.clone();
+            inner.graph(graph, opset);
+            let mut stable = true;
+            for i in states.clone().filter(|_| node.is("Loop")) {
+                let (Some(before), Some(after)) = (graph.input.get(i), graph.output.get(i - 1)) else { continue };
+                let Some(old) = start.dims(before.name()).map(<[Dim]>::to_vec) else { continue };
+                let new = inner.dims(after.name()).filter(|new| new.len() == old.len());
+                let kept = new
+                    .map(|new| old.iter().zip(new).map(|(a, b)| (*a, a == b || free.contains(a))).collect::<Vec<_>>());
+                if kept.as_ref().is_some_and(|kept| kept.iter().all(|(_, kept)| *kept)) {
+                    continue;
+                }
+                stable = false;
+                let dims = kept.map(|kept| {
+                    let mut loosen = |(dim, kept)| if kept { dim } else { start.symbols.fresh() };
+                    let dims: Vec<Dim> = kept.iter().copied().map(&mut loosen).collect();
+                    free.extend(dims.iter().zip(&kept).filter(|(_, (_, kept))| !kept).map(|(dim, _)| *dim));
+                    dims
+                });
+                start.values.entry(before.name().into()).or_default().dims = dims;
+            }
+            if stable {
+                return inner;
+            }
+        }
+    }
+}
+
+fn attr(node: &NodeProto, name: &str, i: usize) -> i64 {
+    node.attr_ints(name).and_then(|a| a.get(i)).copied().unwrap_or(0)
+}
+
+/// Shape of one step's output, with the sizes that only the body knows left open: no step may run.
+fn step(op: &mut Op, shape: Option<&ValueShape>) -> (Option<DataType>, Option<Vec<Dim>>) {
+    let Some(ValueShape { element, dims }) = shape.cloned() else { return (None, None) };
+    let dims = dims.map(|dims| dims.into_iter().map(|d| known(d).map_or_else(|| op.fresh(), Dim::Known)).collect());
+    (element, dims)
+}
+
+/// States as they began; outputs of the steps stacked along an axis as long as that of the inputs.
+fn scan(op: &mut Op) -> Option<()> {
+    let graph = op.node.attr("body")?.g.as_ref()?;
+    let states = graph.input.len().checked_sub(usize::try_from(op.node.attr_i("num_scan_inputs", 0)).ok()?)?;
+    let inner = op.shapes.body(op.node, graph, op.opset);
+    op.shapes.symbols = inner.symbols.clone();
+    let length = op.dims(states).and_then(|dims| Some(dims[axis(attr(op.node, "scan_input_axes", 0), dims.len())?]));
+    for (i, output) in graph.output.iter().enumerate() {
+        if i < states {
+            let (element, dims) = (op.element(i), op.dims(i));
+            op.set(i, element, dims);
+            continue;
+        }
+        let (element, mut dims) = step(op, inner.get(output.name()));
+        let length = length.unwrap_or_else(|| op.fresh());
+        if let Some(dims) = &mut dims {
+            let at = axis(attr(op.node, "scan_output_axes", i - states), dims.len() + 1)?;
+            dims.insert(at, length);
+        }
+        op.set(i, element, dims);
+    }
+    Some(())
+}
+
+/// A value that a loop carries keeps its element type, and the sizes that no turn changes; outputs of the turns are
+/// stacked along a new first axis.
 fn carried(op: &mut Op) -> Option<()> {
     // Inputs: trip count, condition, then the carried values; outputs: these first.
-    for i in 0..op.node.input.len().saturating_sub(2).min(op.node.output.len()) {
-        let element = op.element(i + 2);
-        op.set(i, element, None);
+    let states = op.node.input.len().checked_sub(2)?;
+    let graph = op.node.attr("body")?.g.as_ref()?;
+    let inner = op.shapes.body(op.node, graph, op.opset);
+    let turns = inner.symbols.clone();
+    let before: Vec<ValueShape> =
+        graph.input.iter().skip(2).map(|i| inner.get(i.name()).cloned().unwrap_or_default()).collect();
+    op.shapes.symbols = turns;
+    let length = op.fresh();
+    for (i, output) in graph.output.iter().skip(1).enumerate() {
+        if i < states {
+            let element = op.element(i + 2);
+            let initial = op.dims(i + 2);
+            let dims = before.get(i).and_then(|b| b.dims.clone()).zip(initial).filter(|(b, a)| a.len() == b.len());
+            let pairs = dims.map(|(b, a)| b.into_iter().zip(a).collect::<Vec<_>>());
+            let dims = pairs.map(|p| p.into_iter().map(|(b, a)| if a == b { a } else { op.fresh() }).collect());
+            op.set(i, element, dims);
+        } else {
+            let (element, dims) = step(op, inner.get(output.name()));
+            let dims = dims.map(|dims| [vec![length], dims].concat());
+            op.set(i, element, dims);
+        }
     }
     Some(())
 }

@@ -98,6 +98,14 @@ impl Shapes {
         inner
     }
 
+    /// Shapes inside `graph`, a subgraph of `node`: a branch, or the body of a loop.
+    pub fn inside(&self, node: &NodeProto, graph: &GraphProto, opset: i64) -> Self {
+        match node.op_type() {
+            "Scan" | "Loop" => self.body(node, graph, opset),
+            _ => self.subgraph(graph, opset),
+        }
+    }
+
     pub fn get(&self, value: &str) -> Option<&ValueShape> {
         self.values.get(value)
     }
