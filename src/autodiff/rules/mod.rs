@@ -7,13 +7,18 @@
 mod contrib;
 mod control;
 mod conv;
+mod einsum;
 mod elementwise;
 mod index;
 mod layout;
+mod loss;
 mod matmul;
 mod norm;
+mod pool;
 mod reduce;
+mod resize;
 mod softmax;
+mod window;
 mod zero;
 
 use std::collections::BTreeMap;
@@ -73,6 +78,10 @@ impl Rules {
         norm::add(&mut rules);
         softmax::add(&mut rules);
         conv::add(&mut rules);
+        pool::add(&mut rules);
+        resize::add(&mut rules);
+        einsum::add(&mut rules);
+        loss::add(&mut rules);
         contrib::add(&mut rules);
         control::add(&mut rules);
         zero::add(&mut rules);
