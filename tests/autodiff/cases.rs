@@ -5,6 +5,11 @@ use bone_onnx::onnx::{AttributeProto, Tensor};
 
 use super::harness::{Arg, Case, Random, case};
 
+mod einsum;
+mod loss;
+mod resize;
+mod window;
+
 const MS: &str = "com.microsoft";
 
 /// Floats in general position to differentiate by.
@@ -66,6 +71,10 @@ pub fn all() -> Vec<Case> {
     conv(&mut cases);
     contrib(&mut cases);
     cases.extend(super::recurrent::cases());
+    window::add(&mut cases);
+    resize::add(&mut cases);
+    einsum::add(&mut cases);
+    loss::add(&mut cases);
     cases
 }
 

@@ -1,6 +1,7 @@
 //! Operators that move elements without changing them.
 
 use super::super::vjp::known;
+use super::pool::scatter_flat;
 use super::{Adjoints, Rules, Vjp};
 use crate::Result;
 use crate::onnx::AttributeProto;
@@ -173,7 +174,7 @@ impl Vjp<'_> {
     }
 
     /// 1-D int64 values end to end, as one constant where they are constants.
-    fn join(&self, parts: &[String]) -> String {
+    pub(super) fn join(&self, parts: &[String]) -> String {
         let values: Option<Vec<i64>> = parts.iter().map(|part| self.constant_value(part)).collect();
         match values {
             Some(values) => self.ints(&values),
@@ -205,10 +206,17 @@ fn tile(v: &Vjp) -> Result<Adjoints> {
 
 /// Padding is undone by padding with the negative widths, which crops.
 fn pad(v: &Vjp) -> Result<Adjoints> {
-    if v.node.attr_s("mode").unwrap_or("constant") != "constant" {
-        return Err(v.error("only its mode \"constant\" has a derivative here"));
-    }
     let dy = v.dy()?;
+    if v.node.attr_s("mode").unwrap_or("constant") != "constant" {
+        // Where each element comes from: the same padding of the elements' numbers.
+        let x = v.x(0)?;
+        let numbers = v.op("Range", &[&v.int(0), &v.size(x), &v.int(1)], vec![]);
+        let mut inputs = vec![v.reshape(numbers, v.shape_of(x))];
+        inputs.extend(v.node.input.iter().skip(1).cloned());
+        let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
+        let from = v.op("Pad", &inputs, v.node.attribute.clone());
+        return v.first(scatter_flat(v, x, &from, dy));
+    }
     let widths = match v.constant_ints(1) {
         Some(widths) => v.ints(&widths.iter().map(|w| w.saturating_neg()).collect::<Vec<_>>()),
         None => v.neg(v.x(1)?),
@@ -222,8 +230,14 @@ fn pad(v: &Vjp) -> Result<Adjoints> {
 }
 
 fn depth(v: &Vjp, inverse: &str) -> Result<Adjoints> {
-    if v.node.attr_s("mode").unwrap_or("DCR") != "DCR" {
-        return Err(v.error("only its mode \"DCR\" has a derivative here"));
+    if v.node.attr_s("mode") == Some("CRD") {
+        // SpaceToDepth knows DCR alone: (n, c, h·b, w·b) as (n, c, h, b, w, b), then the blocks next to the channels.
+        let (x, dy, b) = (v.x(0)?, v.dy()?, v.ints(&[v.node.attr_i("blocksize", 1)]));
+        let dims: Vec<String> = (0..4).map(|axis| v.dim_of(x, axis)).collect();
+        let [n, _, h, w] = dims.as_slice() else { return Err(v.error("its input must have 4 axes")) };
+        let parts = [n, &v.ints(&[-1]), h, &b, w, &b].map(String::from);
+        let blocks = v.op("Reshape", &[dy, &v.join(&parts)], vec![]);
+        return v.first(v.reshape(v.transpose(blocks, &[0, 1, 3, 5, 2, 4]), v.shape_of(x)));
     }
     v.first(v.op(inverse, &[v.dy()?], vec![AttributeProto::int("blocksize", v.node.attr_i("blocksize", 1))]))
 }

@@ -7,18 +7,23 @@
 mod contrib;
 mod control;
 mod conv;
+mod einsum;
 mod elementwise;
 mod gru;
 mod index;
 mod layout;
 mod loops;
+mod loss;
 mod lstm;
 mod matmul;
 mod norm;
+mod pool;
 mod range;
 mod recurrent;
 mod reduce;
+mod resize;
 mod softmax;
+mod window;
 mod zero;
 
 use std::collections::BTreeMap;
@@ -78,6 +83,10 @@ impl Rules {
         norm::add(&mut rules);
         softmax::add(&mut rules);
         conv::add(&mut rules);
+        pool::add(&mut rules);
+        resize::add(&mut rules);
+        einsum::add(&mut rules);
+        loss::add(&mut rules);
         contrib::add(&mut rules);
         range::add(&mut rules);
         recurrent::add(&mut rules);
