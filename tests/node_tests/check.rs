@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use bone_onnx::autodiff::{Request, Seed, gradient};
+use bone_onnx::autodiff::{Gradient, Request, Seed, gradient};
 use bone_onnx::engine::{Device, Engine, EngineKind, LoadOptions, Session, open};
 use bone_onnx::onnx::{AttributeProto, DataType, ModelProto, Tensor};
 
@@ -137,7 +137,18 @@ fn precision(element: DataType) -> Precision {
     }
 }
 
+/// Some kernels for doubles round to single precision inside.
+const COARSE: Precision = Precision { epsilon: 1.2e-7, steps: &[1e-2, 3e-3, 1e-3], tolerance: 5e-3 };
+
 const DIRECTIONS: usize = 3;
+
+/// Points tried: where the first happens to lie next to a step, the second does not. A rule that is wrong is wrong at
+/// both.
+const POINTS: u64 = 2;
+
+/// The newest versions that ONNX Runtime 1.31 takes. Newer cases are run as if they were of these.
+const NEWEST_OPSET: i64 = 26;
+const NEWEST_IR: i64 = 13;
 
 /// The outcome of `case`, in the most precise type that the engine has its kernels for.
 pub fn check(case: &Case) -> Outcome {
@@ -156,7 +167,10 @@ pub fn check(case: &Case) -> Outcome {
         Runner::new(&case.model, false, &case.float_outputs()).and_then(|mut runner| runner.run(&case.feeds))
     };
     if let Err(message) = runs(&case) {
-        return Outcome::new(Kind::EngineCannot, message);
+        lower(&mut case.model);
+        if runs(&case).is_err() {
+            return Outcome::new(Kind::EngineCannot, message);
+        }
     }
     let mut last = None;
     let forms = [case.in_type(DataType::Double), case.in_type(DataType::Float), Some(case.clone())];
@@ -170,6 +184,13 @@ pub fn check(case: &Case) -> Outcome {
         }
     }
     Outcome::new(Kind::Fail, last.unwrap_or_default())
+}
+
+fn lower(model: &mut ModelProto) {
+    model.ir_version = model.ir_version.map(|v| v.min(NEWEST_IR));
+    for import in model.opset_import.iter_mut().filter(|o| matches!(o.domain(), "" | "ai.onnx")) {
+        import.version = import.version.map(|v| v.min(NEWEST_OPSET));
+    }
 }
 
 /// The outcome of `case` as it stands; an error where the engine has no kernels for its gradient.
@@ -192,9 +213,35 @@ fn differentiate(case: &Case) -> Result<Outcome, String> {
         Err(_) => return Ok(Outcome::new(Kind::Fail, "gradient panicked")),
     };
 
-    let mut forward = Runner::new(&case.model, false, &of)?;
-    let mut random = Random(case.name.bytes().fold(7, |h, b| h * 31 % 1_000_003 + u64::from(b)));
-    let feeds = into_general_position(case, &wrt, &mut forward, &mut random)?;
+    let mut failure = None;
+    for point in 0..POINTS {
+        let outcome = compare(case, &derived, &of, &wrt, point, &precision)?;
+        if outcome.kind != Kind::Fail {
+            return Ok(outcome);
+        }
+        failure.get_or_insert(outcome);
+    }
+    if case.feeds.values().any(|t| t.data_type() == DataType::Double) {
+        let outcome = compare(case, &derived, &of, &wrt, 0, &|_| COARSE)?;
+        if outcome.kind == Kind::Pass {
+            return Ok(Outcome::new(Kind::Pass, format!("to single precision {}", outcome.detail)));
+        }
+    }
+    Ok(failure.unwrap_or_else(|| Outcome::new(Kind::Fail, "")))
+}
+
+/// Compares the gradient of `case` with differences at the `point`th point.
+fn compare(
+    case: &Case,
+    derived: &Gradient,
+    of: &[String],
+    wrt: &[String],
+    point: u64,
+    precision: &dyn Fn(DataType) -> Precision,
+) -> Result<Outcome, String> {
+    let mut forward = Runner::new(&case.model, false, of)?;
+    let mut random = Random(case.name.bytes().fold(7 + point, |h, b| h * 31 % 1_000_003 + u64::from(b)));
+    let feeds = into_general_position(case, wrt, &mut forward, &mut random)?;
     let values = forward.run(&feeds)?;
     let mut seeded = feeds.clone();
     let mut seeds: Vec<Vec<f64>> = Vec::new();
