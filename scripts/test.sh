@@ -22,6 +22,13 @@ for target in minilm bbc; do
     python3 scripts/fetch.py "$target" || echo "test.sh: no $target: going on, the tests that need it say so and are skipped" >&2
 done
 
+if BONE_ONNX_NODE_TESTS=$(python3 scripts/node_tests.py); then
+    export BONE_ONNX_NODE_TESTS
+else
+    unset BONE_ONNX_NODE_TESTS
+    echo "test.sh: no ONNX node tests: going on, the test that needs them says so and is skipped" >&2
+fi
+
 step "cargo fmt"
 cargo fmt --check
 step "cargo clippy"

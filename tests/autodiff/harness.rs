@@ -273,7 +273,7 @@ pub fn compare(
         wrt: wrt.to_vec(),
         input_dims: BTreeMap::new(),
     };
-    let Gradient { model: derived, gradients } =
+    let Gradient { model: derived, gradients, .. } =
         gradient_with(model, &request, &Rules::standard()).map_err(|e| e.to_string())?;
     // ONNX Runtime's fused operators round to single precision inside: differences are taken of the plain graph.
     let mut forward = load(model, false)?;

@@ -23,20 +23,20 @@ pub fn is_float(element: i32) -> bool {
 
 impl Case {
     /// Reads the case in `dir`; the text says why its inputs cannot be given as tensors.
-    pub fn read(dir: &Path) -> Result<Self, (ModelProto, String)> {
+    pub fn read(dir: &Path) -> Result<Self, Box<(ModelProto, String)>> {
         let name = dir.file_name().expect("a name").to_string_lossy().into_owned();
         let bytes = std::fs::read(dir.join("model.onnx")).expect("a model");
         let model = ModelProto::decode(bytes.as_slice()).expect("a model");
         let mut feeds = Feeds::new();
         for (i, info) in model.graph.iter().flat_map(|g| &g.input).enumerate() {
             if info.tensor().is_none() {
-                return Err((model.clone(), format!("{} is a sequence or optional", info.name())));
+                return Err(Box::new((model.clone(), format!("{} is a sequence or optional", info.name()))));
             }
             let bytes = std::fs::read(dir.join(format!("test_data_set_0/input_{i}.pb"))).expect("an input");
             let tensor = TensorProto::decode(bytes.as_slice()).expect("a tensor");
             match Tensor::from_proto(&tensor) {
                 Ok(tensor) => feeds.insert(info.name().into(), tensor),
-                Err(e) => return Err((model.clone(), e.to_string())),
+                Err(e) => return Err(Box::new((model.clone(), e.to_string()))),
             };
         }
         Ok(Self { name, model, feeds })

@@ -4,13 +4,16 @@
 
 mod case;
 mod check;
+mod point;
 mod report;
+mod runner;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use bone_onnx::autodiff::{Rule, Rules};
 use case::Case;
 use check::{Kind, Outcome, check};
 use report::Row;
@@ -30,6 +33,7 @@ fn run(root: &std::path::Path) -> BTreeMap<String, Row> {
         .filter(|p| p.is_dir() && p.to_string_lossy().contains(&filter))
         .collect();
     dirs.sort();
+    let rules = Rules::standard();
     let (next, rows) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
     std::thread::scope(|scope| {
         for _ in 0..2 {
@@ -40,8 +44,11 @@ fn run(root: &std::path::Path) -> BTreeMap<String, Row> {
                         eprintln!("{name}");
                     }
                     let (model, outcome) = match Case::read(dir) {
-                        Ok(case) => (case.model.clone(), check(&case)),
-                        Err((model, why)) => (model, Outcome::new(Kind::NoTensors, why)),
+                        Ok(case) => (case.model.clone(), check(&case, &rules)),
+                        Err(unread) => {
+                            let (model, why) = *unread;
+                            (model, Outcome::new(Kind::NoTensors, why))
+                        }
                     };
                     rows.lock().expect("the rows").insert(name, Row::new(&model, outcome));
                 }
@@ -81,4 +88,16 @@ fn every_node_test_comes_out_as_recorded() {
         changed.len(),
         changed.join("\n")
     );
+}
+
+/// The proof can fail: the same case with a rule that is wrong by a factor, and with one that says zero.
+#[test]
+fn wrong_rules_are_seen() {
+    let Some(root) = cases() else { return };
+    let case = Case::read(&root.join("test_tanh")).unwrap_or_else(|unread| panic!("{}", unread.1));
+    assert_eq!(check(&case, &Rules::standard()).kind, Kind::Pass);
+    let scaled = Rule::vjp(|v| v.first(v.mul(v.dy()?, v.c(0.99))));
+    for wrong in [scaled, Rule::Zero("is said to be constant")] {
+        assert_eq!(check(&case, &Rules::standard().with("", "Tanh", wrong)).kind, Kind::Fail);
+    }
 }
