@@ -1,5 +1,5 @@
 //! The walk: which nodes lie on a way from the parameters to the result, what stands in the way, and the adjoints in
-//! reverse order. The same walk serves the main graph and, through the rule of `If`, each branch.
+//! reverse order. The same walk serves the main graph and, through the rules of `If`, `Scan` and `Loop`, what is in them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 

@@ -14,7 +14,7 @@ use crate::Result;
 pub(super) fn gru(cell: &Cell) -> Result<Found> {
     let v = cell.v;
     let linear = v.node.attr_i("linear_before_reset", 0) != 0;
-    let x = cell.split(&cell.from_x(false), 3, -1);
+    let x = cell.split(&cell.of_inputs(false), 3, -1);
     let weights = cell.split(&cell.r, 3, 0);
     let biases = cell.b.as_ref().map(|b| cell.split(&cell.halves(b).1, 3, 0));
     let product = |h: &str, gate: usize| {

@@ -13,7 +13,7 @@ use crate::Result;
 pub(super) fn lstm(cell: &Cell) -> Result<Found> {
     let v = cell.v;
     let coupled = v.node.attr_i("input_forget", 0) != 0;
-    let z = v.add(cell.from_x(true), v.matmul(&cell.before, v.swap(&cell.r, 2)));
+    let z = v.add(cell.of_inputs(true), v.matmul(&cell.before, v.swap(&cell.r, 2)));
     let z = cell.split(&z, 4, -1);
     let p = cell.p.as_ref().map(|p| cell.split(p, 3, 0));
     // Argument of a gate that looks at the cell state through peephole `k`.

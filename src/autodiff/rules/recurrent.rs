@@ -201,8 +201,8 @@ impl Cell<'_> {
         self.v.float(value, self.element).unwrap_or_default()
     }
 
-    /// The arguments of gates `from..to` as far as X and the biases give them, [T, B, (to - from)·H].
-    pub fn from_x(&self, biases: bool) -> String {
+    /// The arguments of the gates as far as X and the bias of W (`biases`: and that of R) give them, [T, B, G·H].
+    pub fn of_inputs(&self, biases: bool) -> String {
         let v = self.v;
         let z = v.matmul(&self.x, v.swap(&self.w, 2));
         match &self.b {
@@ -304,7 +304,7 @@ impl Cell<'_> {
 /// H = f(X·Wᵀ + H₋·Rᵀ + b).
 fn rnn(cell: &Cell) -> Result<Found> {
     let v = cell.v;
-    let z = v.add(cell.from_x(true), v.matmul(&cell.before, v.swap(&cell.r, 2)));
+    let z = v.add(cell.of_inputs(true), v.matmul(&cell.before, v.swap(&cell.r, 2)));
     let slope = cell.slope(0, &cell.activate(0, z));
     let out = cell.scan(true, &[&cell.dh], &[&cell.dy, &slope], |state, step| {
         let dz = v.mul(v.add(&state[0], &step[0]), &step[1]);

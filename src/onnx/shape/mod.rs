@@ -17,6 +17,7 @@ mod layout;
 mod matmul;
 mod nn;
 mod op;
+mod ranks;
 mod reduce;
 mod symbols;
 mod value;
@@ -157,11 +158,30 @@ impl Shapes {
         }
         let declared: HashMap<&str, &ValueInfoProto> =
             graph.value_info.iter().chain(&graph.output).map(|v| (v.name(), v)).collect();
+        self.nodes(graph, opset, &declared, &HashMap::new());
+        let required = ranks::required(self, graph);
+        if !required.is_empty() {
+            self.nodes(graph, opset, &declared, &required);
+        }
+    }
+
+    /// `required`: ranks of values that have to be taken from what uses them.
+    fn nodes(
+        &mut self,
+        graph: &GraphProto,
+        opset: i64,
+        declared: &HashMap<&str, &ValueInfoProto>,
+        required: &HashMap<String, usize>,
+    ) {
         for node in &graph.node {
             self.node(node, opset);
             for output in node.output.iter().filter(|o| !o.is_empty()) {
                 if let Some(info) = declared.get(output.as_str()) {
                     self.refine(output, info);
+                }
+                if let Some(rank) = required.get(output).filter(|_| self.rank(output).is_none()) {
+                    let dims = (0..*rank).map(|_| self.symbols.fresh()).collect();
+                    self.values.entry(output.clone()).or_default().dims = Some(dims);
                 }
             }
         }

@@ -262,3 +262,71 @@ fn operators_agree_with_the_backend_tests() {
         MaxUnpool OptionalGetElement OptionalHasElement RegexFullMatch STFT StringConcat StringSplit SwiGLU";
     assert_eq!(blank.iter().map(String::as_str).collect::<Vec<_>>(), NO_RULE.split_whitespace().collect::<Vec<_>>());
 }
+
+/// A model of `nodes` on a float input `x` and the constants `axis` = [0], `w` [3, 4, 1] and `go` = 1.
+fn made(nodes: Vec<NodeProto>, dims: &[&str]) -> Shapes {
+    let mut graph =
+        GraphProto { input: vec![value_info("x", DataType::Float, dims)], node: nodes, ..Default::default() };
+    graph.initializer.push(Tensor::new(&[1], vec![0i64]).to_proto("axis"));
+    graph.initializer.push(Tensor::new(&[3, 4, 1], vec![0f32; 12]).to_proto("w"));
+    graph.initializer.push(Tensor::scalar(3i64).to_proto("count"));
+    let opset = crate::onnx::proto::OperatorSetIdProto { version: Some(17), ..Default::default() };
+    let model = ModelProto { graph: Some(graph), opset_import: vec![opset], ..Default::default() };
+    Shapes::infer(&model, &BTreeMap::new())
+}
+
+fn with(mut node: NodeProto, attributes: Vec<crate::onnx::AttributeProto>) -> NodeProto {
+    node.attribute = attributes;
+    node
+}
+
+/// Where an If may squeeze an axis, the Conv that follows says which rank it must have.
+#[test]
+fn ranks_follow_from_use() {
+    use crate::onnx::AttributeProto;
+    let branch = |op: &str, inputs: &[&str], output: &str| GraphProto {
+        output: vec![value_info(output, DataType::Float, &[])]
+            .into_iter()
+            .map(|i| ValueInfoProto { r#type: None, ..i })
+            .collect(),
+        node: vec![node(op, inputs, &[output])],
+        ..Default::default()
+    };
+    let choice = with(
+        node("If", &["go"], &["y"]),
+        vec![
+            AttributeProto::graph("then_branch", branch("Squeeze", &["x", "axis"], "a")),
+            AttributeProto::graph("else_branch", branch("Identity", &["x"], "b")),
+        ],
+    );
+    let use_of = || vec![node("Relu", &["y"], &["relu"]), node("Conv", &["relu", "w"], &["z"])];
+    let flag = || vec![node("ReduceSum", &["x"], &["sum"]), node("Equal", &["sum", "sum"], &["go"])];
+    let shapes = made([flag(), vec![choice.clone()], use_of()].concat(), &["1", "n", "m", "k"]);
+    assert_eq!((shapes.rank("y"), shapes.rank("relu"), shapes.rank("z")), (Some(3), Some(3), Some(3)));
+    assert_eq!(made([flag(), vec![choice]].concat(), &["1", "n", "m", "k"]).rank("y"), None);
+}
+
+/// A state keeps the sizes that no turn changes, and none where a turn changes their number.
+#[test]
+fn loops_keep_what_no_turn_changes() {
+    use crate::onnx::AttributeProto;
+    let looped = |op: &str, inputs: &[&str], axis: i64| {
+        let name = |name: &str| ValueInfoProto { name: Some(name.into()), ..Default::default() };
+        let turn = with(node(op, inputs, &["next"]), vec![AttributeProto::int("axis", axis)]);
+        let body = GraphProto {
+            input: ["i", "go", "v"].map(name).into(),
+            output: ["on", "next", "v"].map(name).into(),
+            node: vec![node("Identity", &["go"], &["on"]), turn],
+            ..Default::default()
+        };
+        let body = vec![AttributeProto::graph("body", body)];
+        made(vec![with(node("Loop", &["count", "", "x"], &["y", "ys"]), body)], &["n", "4"])
+    };
+    let same = looped("Tanh", &["v"], 0);
+    assert_eq!(same.dims("y"), same.dims("x"));
+    assert_eq!((same.rank("ys"), same.element("ys")), (Some(3), Some(DataType::Float)));
+    let grows = looped("Concat", &["v", "v"], 0);
+    assert_ne!(grows.dims("y").unwrap()[0], grows.dims("x").unwrap()[0]);
+    assert_eq!(grows.dims("y").unwrap()[1], Dim::Known(4));
+    assert_eq!(looped("Unsqueeze", &["v", "axis"], 0).rank("y"), None);
+}
