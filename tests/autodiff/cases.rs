@@ -7,6 +7,7 @@ use super::harness::{Arg, Case, Random, case};
 
 mod einsum;
 mod loss;
+mod more;
 mod resize;
 mod window;
 
@@ -75,6 +76,7 @@ pub fn all() -> Vec<Case> {
     resize::add(&mut cases);
     einsum::add(&mut cases);
     loss::add(&mut cases);
+    more::add(&mut cases);
     cases
 }
 

@@ -12,31 +12,8 @@ pub(super) fn add(rules: &mut Rules) {
         v.first(scatter_elements(v, &v.zeros_like(v.x(0)?), v.x(1)?, v.dy()?, axis, Some("add")))
     });
     rules.vjp("GatherND", |v| {
-        if v.node.attr_i("batch_dims", 0) != 0 {
-            return Err(v.error("batch_dims other than 0 is not supported"));
-        }
-        v.first(scatter_nd(v, &v.zeros_like(v.x(0)?), v.x(1)?, v.dy()?, Some("add")))
-    });
-    rules.vjp("ScatterElements", |v| {
-        let (indices, dy, axis) = (v.x(1)?, v.dy()?, v.node.attr_i("axis", 0));
-        let keep = written(v)?;
-        let data = v.wants(0).then(|| match keep {
-            true => dy.to_string(),
-            false => scatter_elements(v, dy, indices, &v.zeros_like(indices), axis, None),
-        });
-        let updates =
-            v.wants(2).then(|| v.op("GatherElements", &[dy, indices], vec![AttributeProto::int("axis", axis)]));
-        Ok(vec![data, None, updates])
-    });
-    rules.vjp("ScatterND", |v| {
-        let (indices, dy) = (v.x(1)?, v.dy()?);
-        let keep = written(v)?;
-        let updates = v.x(2)?;
-        let data = v.wants(0).then(|| match keep {
-            true => dy.to_string(),
-            false => scatter_nd(v, dy, indices, &v.zeros_like(updates), None),
-        });
-        Ok(vec![data, None, v.wants(2).then(|| v.op("GatherND", &[dy, indices], vec![]))])
+        let indices = with_batch(v, v.x(1)?)?;
+        v.first(scatter_nd(v, &v.zeros_like(v.x(0)?), &indices, v.dy()?, Some("add")))
     });
     rules.vjp("TopK", |v| {
         let (x, axis) = (v.x(0)?, v.node.attr_i("axis", -1));
@@ -45,13 +22,22 @@ pub(super) fn add(rules: &mut Rules) {
     });
 }
 
-/// Whether a scatter adds to the data (true) or replaces it (false).
-fn written(v: &Vjp) -> Result<bool> {
-    match v.node.attr_s("reduction").unwrap_or("none") {
-        "none" => Ok(false),
-        "add" => Ok(true),
-        other => Err(v.error(format!("reduction {other:?} has no derivative here; \"none\" and \"add\" do"))),
+/// Indices of a GatherND that start with the place in the batch, as a scatter needs them.
+fn with_batch(v: &Vjp, indices: &str) -> Result<String> {
+    let rank = v.rank(indices)?;
+    let batch = usize::try_from(v.node.attr_i("batch_dims", 0)).ok().filter(|n| *n < rank.max(1));
+    let batch = batch.ok_or_else(|| v.error("its batch_dims do not fit its indices"))?;
+    let last = rank.saturating_sub(1);
+    let rows: Vec<String> = (0..last).map(|axis| v.dim_of(indices, axis)).chain([v.ints(&[1])]).collect();
+    let mut parts = Vec::new();
+    for axis in 0..batch {
+        let along = v.op("Range", &[&v.int(0), &v.squeeze(&rows[axis], v.ints(&[0])), &v.int(1)], vec![]);
+        let mut shape = vec![1; rank];
+        shape[axis] = -1;
+        parts.push(v.expand(v.op("Reshape", &[&along, &v.ints(&shape)], vec![]), v.join(&rows)));
     }
+    parts.push(indices.to_string());
+    Ok(v.concat(&parts, -1))
 }
 
 fn reduction(how: Option<&str>) -> Vec<AttributeProto> {

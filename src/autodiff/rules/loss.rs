@@ -1,6 +1,6 @@
 //! Losses of a classification: loss = -Σ wₜ·x[t] (and ÷ Σ wₜ for the mean) over the targets t that are not ignored.
 
-use super::{Adjoints, Rules, Vjp};
+use super::{Rules, Vjp};
 use crate::Result;
 use crate::onnx::{AttributeProto, DataType};
 
@@ -23,10 +23,10 @@ pub(super) fn add(rules: &mut Rules) {
     });
 }
 
-fn weights_are_fixed(v: &Vjp) -> Result<Adjoints> {
+fn weights_are_fixed(v: &Vjp) -> Result<()> {
     match v.wants(2) {
         true => Err(v.error("its class weights have no derivative here, as in PyTorch; freeze them")),
-        false => Ok(vec![]),
+        false => Ok(()),
     }
 }
 

@@ -40,9 +40,9 @@ pub(super) struct Normalized<'v, 'a> {
 /// What is normalized together.
 pub(super) struct Rows {
     /// The axes, a 1-D int64 value.
-    axes: String,
+    pub axes: String,
     /// Elements in a row, a scalar of the element type.
-    count: String,
+    pub count: String,
 }
 
 impl<'v, 'a> Normalized<'v, 'a> {

@@ -26,6 +26,17 @@ pub(super) fn add(rules: &mut Rules) {
     rule(rules, "ReduceLogSum", |r| r.v.div(&r.dy, r.v.exp(&r.y)));
     rule(rules, "ReduceLogSumExp", |r| r.v.mul(&r.dy, r.v.exp(r.v.sub(r.x, &r.y))));
     rule(rules, "ReduceSumSquare", |r| r.v.mul(r.x, r.v.mul(&r.dy, r.v.c(2.0))));
+    // The product of the others: y/x, but where zeros are, those others that are not.
+    rule(rules, "ReduceProd", |r| {
+        let v = r.v;
+        let empty = v.equal(r.x, v.c(0.0));
+        let zeros = v.mask(&empty);
+        let whole = v.select(empty, v.c(1.0), r.x);
+        let all = v.op("ReduceProd", &product_inputs(r, &whole), v.node.attribute.clone());
+        let all = r.restored(all);
+        let only = v.equal(r.again(&zeros), zeros);
+        v.mul(&r.dy, v.select(only, v.div(all, whole), v.c(0.0)))
+    });
     rules.vjp("CumSum", |v| {
         let attributes = vec![
             AttributeProto::int("exclusive", v.node.attr_i("exclusive", 0)),
@@ -71,6 +82,11 @@ fn rule(rules: &mut Rules, op: &str, adjoint: impl Fn(&Reduction) -> String + Se
     });
 }
 
+/// Inputs of the same reduction of `x`.
+fn product_inputs<'x>(r: &'x Reduction, x: &'x str) -> Vec<&'x str> {
+    [Some(x), r.v.node.input_at(1)].into_iter().flatten().collect()
+}
+
 /// The axes of a reduction (`Some(None)`: all of them), or `None` where it reduces nothing.
 fn axes(v: &Vjp) -> Result<Option<Option<String>>> {
     let noop = v.node.attr_i("noop_with_empty_axes", 0) != 0;
@@ -100,6 +116,14 @@ impl Reduction<'_, '_> {
         };
         let count = whole().or_else(|| reduced().filter(|_| self.axes.is_some()));
         v.ratio(self.x, v.node.output_at(0).unwrap_or_default(), count)
+    }
+
+    /// A result of the node's own reduction with the reduced axes back.
+    fn restored(&self, y: String) -> String {
+        match &self.axes {
+            Some(axes) if self.v.node.attr_i("keepdims", 1) == 0 => self.v.unsqueeze(y, axes),
+            _ => y,
+        }
     }
 
     /// The same reduction by sum, axes kept.

@@ -18,6 +18,7 @@ const ZERO: &[(&str, &str)] = &[
     ("BitwiseNot", INTEGER),
     ("BitwiseOr", INTEGER),
     ("BitwiseXor", INTEGER),
+    ("BlackmanWindow", "takes an integer"),
     ("Ceil", STEPS),
     ("Constant", "has no inputs"),
     ("ConstantOfShape", SHAPE),
@@ -26,6 +27,8 @@ const ZERO: &[(&str, &str)] = &[
     ("Floor", STEPS),
     ("Greater", BOOLEAN),
     ("GreaterOrEqual", BOOLEAN),
+    ("HammingWindow", "takes an integer"),
+    ("HannWindow", "takes an integer"),
     ("Hardmax", STEPS),
     ("IsInf", BOOLEAN),
     ("IsNaN", BOOLEAN),
@@ -50,6 +53,10 @@ const ZERO: &[(&str, &str)] = &[
 const ROUNDS: &str = "rounds to a grid, which has no useful derivative; train the model before it is quantized";
 const FUSED: &str = "is a fused operator; export the model without this fusion";
 
+const SAMPLES: &str = "reads at places that depend on its inputs, and its rule is not written yet";
+const SEQUENCE: &str =
+    "holds tensors in a sequence or optional, which has no adjoint; export the model with tensors alone";
+
 const REFUSED: &[(&str, &str, &str)] = &[
     ("", "Attention", "is not written yet; export the model with an operator set below 23"),
     (
@@ -59,10 +66,27 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ),
     ("", "DynamicQuantizeLinear", ROUNDS),
     ("", "MatMulInteger", ROUNDS),
-    ("", "Mod", "jumps wherever its operands divide"),
     ("", "QLinearMatMul", ROUNDS),
     ("", "QuantizeLinear", ROUNDS),
-    ("", "ReduceProd", "is not written yet"),
+    ("", "ConvInteger", ROUNDS),
+    ("", "DFT", "is not written yet; start after the transform, or train what comes behind it"),
+    ("", "DeformConv", SAMPLES),
+    ("", "GridSample", SAMPLES),
+    ("", "MaxRoiPool", SAMPLES),
+    ("", "QLinearConv", ROUNDS),
+    ("", "RoiAlign", SAMPLES),
+    ("", "STFT", "is not written yet; start after the transform, or train what comes behind it"),
+    ("", "SequenceMap", SEQUENCE),
+    ("", "SequenceAt", SEQUENCE),
+    ("", "SequenceConstruct", SEQUENCE),
+    ("", "SequenceErase", SEQUENCE),
+    ("", "SequenceInsert", SEQUENCE),
+    ("", "ConcatFromSequence", SEQUENCE),
+    ("", "SplitToSequence", SEQUENCE),
+    ("", "Optional", SEQUENCE),
+    ("", "OptionalGetElement", SEQUENCE),
+    ("", "TensorScatter", "is not written yet; export the model without its cache"),
+    ("", "Unique", "gives as many elements as there are distinct values: it has no fixed shape to differentiate"),
     (MICROSOFT, "Attention", FUSED),
     (MICROSOFT, "GroupQueryAttention", FUSED),
     (MICROSOFT, "MultiHeadAttention", FUSED),
