@@ -4,6 +4,7 @@
 //! `com.microsoft`, ONNX Runtime's `docs/ContribOperators.md`; derivatives are textbook ones, checked against finite
 //! differences in `tests/autodiff`.
 
+mod attention;
 mod contrib;
 mod control;
 mod conv;
@@ -12,7 +13,9 @@ mod index;
 mod layout;
 mod matmul;
 mod norm;
+mod quantized;
 mod reduce;
+mod rotary;
 mod softmax;
 mod zero;
 
@@ -76,6 +79,9 @@ impl Rules {
         contrib::add(&mut rules);
         control::add(&mut rules);
         zero::add(&mut rules);
+        attention::add(&mut rules);
+        rotary::add(&mut rules);
+        quantized::add(&mut rules);
         rules
     }
 

@@ -48,11 +48,9 @@ const ZERO: &[(&str, &str)] = &[
 ];
 
 const ROUNDS: &str = "rounds to a grid, which has no useful derivative; train the model before it is quantized";
-const FUSED: &str = "is a fused operator; export the model without this fusion";
 const LOOP: &str = "runs its body an unknown number of times; export the model with the loop unrolled";
 
 const REFUSED: &[(&str, &str, &str)] = &[
-    ("", "Attention", "is not written yet; export the model with an operator set below 23"),
     (
         "",
         "DequantizeLinear",
@@ -70,11 +68,6 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("", "Range", "has a length that depends on its inputs"),
     ("", "ReduceProd", "is not written yet"),
     ("", "Scan", LOOP),
-    (MICROSOFT, "Attention", FUSED),
-    (MICROSOFT, "GroupQueryAttention", FUSED),
-    (MICROSOFT, "MultiHeadAttention", FUSED),
-    (MICROSOFT, "RotaryEmbedding", FUSED),
-    (MICROSOFT, "MatMulNBits", "is not written yet; train the model before it is quantized"),
 ];
 
 pub(super) fn add(rules: &mut Rules) {
