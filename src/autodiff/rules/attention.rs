@@ -141,8 +141,8 @@ fn attention(v: &Vjp) -> Result<Vec<Option<String>>> {
     let y = if flat { join_heads(v, &y) } else { y };
     let seen = match v.node.attr_i("qk_matmul_output_mode", 0) {
         0 => raw,
-        1 => all,
-        2 => soft,
+        1 => soft,
+        2 => all,
         _ => weights,
     };
     Ok(vec![Some(y), Some(keys), Some(values), Some(seen)])

@@ -1,7 +1,7 @@
 //! Rotary position embedding: each pair (a, b) of a head turns by its angle, (a·cos - b·sin, a·sin + b·cos).
 //! Default domain since operator set 23; ONNX Runtime's own form in `ContribOperators.md`.
 
-use super::{Adjoints, MICROSOFT, Rule, Rules, Vjp};
+use super::{MICROSOFT, Rule, Rules, Vjp};
 use crate::Result;
 use crate::onnx::AttributeProto;
 

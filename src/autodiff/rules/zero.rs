@@ -50,6 +50,8 @@ const ZERO: &[(&str, &str)] = &[
 const ROUNDS: &str = "rounds to a grid, which has no useful derivative; train the model before it is quantized";
 const LOOP: &str = "runs its body an unknown number of times; export the model with the loop unrolled";
 
+const PACKED: &str = "takes sequences without their padding; export the model without this fusion";
+
 const REFUSED: &[(&str, &str, &str)] = &[
     (
         "",
@@ -68,6 +70,18 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("", "Range", "has a length that depends on its inputs"),
     ("", "ReduceProd", "is not written yet"),
     ("", "Scan", LOOP),
+    (MICROSOFT, "Attention", "is not written yet; export the model without this fusion"),
+    (MICROSOFT, "ConvTransposeWithDynamicPads", "has pads that depend on its inputs"),
+    (MICROSOFT, "DynamicQuantizeLSTM", ROUNDS),
+    (MICROSOFT, "DynamicQuantizeMatMul", ROUNDS),
+    (MICROSOFT, "MatMulIntegerToFloat", ROUNDS),
+    (MICROSOFT, "PackedAttention", PACKED),
+    (MICROSOFT, "PackedMultiHeadAttention", PACKED),
+    (MICROSOFT, "QAttention", ROUNDS),
+    (MICROSOFT, "QGemm", ROUNDS),
+    (MICROSOFT, "QLinearAdd", ROUNDS),
+    (MICROSOFT, "QLinearMul", ROUNDS),
+    (MICROSOFT, "QuantizeLinear", ROUNDS),
 ];
 
 pub(super) fn add(rules: &mut Rules) {
