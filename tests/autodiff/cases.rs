@@ -440,6 +440,7 @@ fn attention(c: &mut Vec<Case>) {
     seen[8] = false;
     let seen = Tensor::Bool(ndarray::ArrayD::from_shape_vec(ndarray::IxDyn(&[3, 6]), seen).unwrap());
     c.push(attend(with(&[Arg::Given(seen)])).what("truth mask"));
+    c.push(attend(with(&[by(&[3, 6])])).float("softcap", 0.8).what("cap, float mask"));
     let past = || [Arg::Missing, by(&[2, 4, 2, 5]), between(&[2, 4, 2, 2], -1.0, 1.0)];
     c.push(attend(with(&past())).int("is_causal", 1).outputs(&[true, true, true]).what("past"));
     let grouped = || vec![by(&[2, 3, 20]), by(&[2, 6, 10]), between(&[2, 6, 4], -1.0, 1.0)];
@@ -482,6 +483,12 @@ fn contrib_attention(c: &mut Vec<Case>) {
         c.push(rotary(args).int("interleaved", interleaved).what("rank 4, first position"));
     }
 
+    let ids = |values: [i32; 6]| Arg::Given(Tensor::new(&[2, 3], values.to_vec()));
+    let tables = vec![by(&[7, 4]), between(&[5, 4], -1.0, 1.0), between(&[2, 4], -1.0, 1.2)];
+    let embed =
+        [vec![ids([1, 6, 3, 0, 6, 2]), ids([0, 0, 1, 1, 0, 1])], tables, vec![by(&[4]), between(&[4], 0.0, 1.0)]];
+    c.push(ms("EmbedLayerNormalization", embed.concat()).float("epsilon", 1e-3).outputs(&[true, false]));
+
     let lengths = |values: &[i32]| Arg::Given(Tensor::new(&[2], values.to_vec()));
     let total = |n: i32| Arg::Given(Tensor::new(&[1], vec![n]));
     let group = |args| ms("GroupQueryAttention", args).int("num_heads", 4).int("kv_num_heads", 2);
@@ -490,15 +497,19 @@ fn contrib_attention(c: &mut Vec<Case>) {
         let args = vec![by(&[2, 3, 32]), by(&[2, 3, 16]), between(&[2, 3, 16], -1.0, 1.0), Arg::Missing, Arg::Missing];
         [args, vec![lengths(&[2, 2]), total(3)], more].concat()
     };
-    let tables = || {
-        vec![
-            Arg::Float(vec![8, 4], Random(3).values(32, -1.0, 1.0)),
-            Arg::Float(vec![8, 4], Random(4).values(32, -1.0, 1.0)),
-        ]
-    };
     c.push(group(prompt(vec![])).outputs(kept).what("prompt"));
-    c.push(group(prompt(tables())).int("do_rotary", 1).outputs(kept).what("rotary"));
-    c.push(group(prompt(tables())).int("do_rotary", 1).int("rotary_interleaved", 1).outputs(kept).what("interleaved"));
+    // The engine turns heads whose size is a multiple of 16 alone.
+    let table = |seed| Arg::Float(vec![8, 8], Random(seed).values(64, -1.0, 1.0));
+    let wide = || vec![by(&[2, 3, 64]), by(&[2, 3, 32]), between(&[2, 3, 32], -1.0, 1.0)];
+    let rotary = |args: Vec<Arg>, past: [Arg; 2], last: &[i32], all: i32| {
+        let more = vec![lengths(last), total(all), table(3), table(4)];
+        group([args, past.to_vec(), more].concat()).int("do_rotary", 1).outputs(kept)
+    };
+    let none = || [Arg::Missing, Arg::Missing];
+    c.push(rotary(wide(), none(), &[2, 2], 3).what("rotary"));
+    c.push(rotary(wide(), none(), &[2, 2], 3).int("rotary_interleaved", 1).what("interleaved"));
+    let packed = vec![by(&[2, 3, 128]), Arg::Missing, Arg::Missing];
+    c.push(rotary(packed, none(), &[2, 2], 3).what("packed"));
     c.push(group(prompt(vec![])).int("local_window_size", 2).float("softcap", 0.7).outputs(kept).what("window, cap"));
 
     let bytes = |dims: &[usize], seed: u64| {

@@ -207,6 +207,9 @@ fn group_query(v: &Vjp) -> Result<Vec<Option<String>>> {
             return Err(v.error(format!("its input {what} is not supported")));
         }
     }
+    if v.node.input_at(3).is_some() {
+        return Err(v.error("past keys and values are not supported; train with the graph that has none"));
+    }
     if v.node.attr_i("smooth_softmax", 0) == 1 || v.node.attr_i("qk_output", 0) != 0 {
         return Err(v.error("smooth_softmax and qk_output are not supported"));
     }

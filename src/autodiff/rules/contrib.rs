@@ -5,7 +5,7 @@ use super::norm::{Normalized, epsilon, rows};
 use super::rotary::counting;
 use super::{Adjoints, MICROSOFT, Rule, Rules, Vjp};
 use crate::Result;
-use crate::onnx::AttributeProto;
+use crate::onnx::{AttributeProto, DataType};
 
 pub(super) fn add(rules: &mut Rules) {
     let mut row = |op: &str, rule: fn(&Vjp) -> Result<Adjoints>| rules.insert(MICROSOFT, op, Rule::vjp(rule));
@@ -21,7 +21,7 @@ pub(super) fn add(rules: &mut Rules) {
 /// Token ids, segment ids, the tables of words, positions and segments, scale, shift, mask, positions: a normalization
 /// of the sum of what the tables hold (outputs: it, the mask's index, the sum).
 fn embed(v: &Vjp) -> Result<Vec<Option<String>>> {
-    let row = |table: &str, at: &str| v.op("Gather", &[table, at], vec![]);
+    let row = |table: &str, at: &str| v.op("Gather", &[table, &v.cast(at, DataType::Int64)], vec![]);
     let ids = v.x(0)?;
     let places = match v.node.input_at(8) {
         Some(places) => places.to_string(),
