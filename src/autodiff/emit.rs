@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use half::{bf16, f16};
 use prost::Message;
 
-use crate::onnx::{AttributeProto, DataType, ModelProto, Names, NodeProto, Tensor, TensorProto};
+use crate::onnx::{AttributeProto, DataType, GraphProto, ModelProto, Names, NodeProto, Tensor, TensorProto};
 
 /// Collects the nodes and constants of a gradient.
 #[derive(Debug)]
@@ -78,6 +78,41 @@ impl Emitter {
         state.known = known;
         state.transposed = transposed;
         (result, std::mem::replace(&mut state.nodes, nodes))
+    }
+
+    /// Runs `body` and gives the nodes and constants it emitted as a graph of its own. Nothing emitted before is used
+    /// again in it, so every way from an input to a result is a way through these nodes.
+    pub(super) fn record<T>(&self, body: impl FnOnce() -> T) -> (T, GraphProto) {
+        let (start, known, transposed, forward_transposed) = {
+            let mut state = self.state.borrow_mut();
+            let known = std::mem::take(&mut state.known);
+            // Constants are known by their names, nodes by their encoding.
+            state.known =
+                known.iter().filter(|(k, _)| k.starts_with(b"grad/")).map(|(k, v)| (k.clone(), v.clone())).collect();
+            let (transposed, forward) =
+                (std::mem::take(&mut state.transposed), std::mem::take(&mut state.forward_transposed));
+            (state.nodes.len(), known, transposed, forward)
+        };
+        let result = body();
+        let mut state = self.state.borrow_mut();
+        known.into_iter().for_each(|(key, outputs)| {
+            state.known.entry(key).or_insert(outputs);
+        });
+        transposed.into_iter().for_each(|(key, origin)| {
+            state.transposed.entry(key).or_insert(origin);
+        });
+        state.forward_transposed = forward_transposed;
+        let node: Vec<NodeProto> = state.nodes[start..].to_vec();
+        let used = |t: &&TensorProto| node.iter().any(|n| n.input.iter().any(|x| x == t.name()));
+        let initializer = state.constants.iter().filter(used).cloned().collect();
+        (result, GraphProto { node, initializer, ..Default::default() })
+    }
+
+    /// [`Emitter::amend`] for the nodes emitted themselves.
+    pub(super) fn amend_emitted(&self) {
+        let mut nodes = std::mem::take(&mut self.state.borrow_mut().nodes);
+        self.amend(&mut nodes);
+        self.state.borrow_mut().nodes = nodes;
     }
 
     /// Name of the optional output `index` of the forward node `node`, which is given one where it has none.

@@ -11,10 +11,12 @@
 //! | `recognise` | functions written as several nodes, seen as one |
 //! | `emit` | the builder: names, constants, one node where two would be equal |
 //! | `vjp` | what a rule sees |
+//! | `lower` | the adjoint of an operator by its definition in simpler ones |
 //! | `unbroadcast` | the transpose of broadcasting |
 //! | `rules` | the table, one file per family of operators |
 
 mod emit;
+mod lower;
 mod recognise;
 mod reverse;
 mod rules;

@@ -2,8 +2,10 @@
 
 use super::elementwise::{gelu, gelu_tanh, swish};
 use super::norm::{Normalized, epsilon, rows};
+use super::rotary::counting;
 use super::{Adjoints, MICROSOFT, Rule, Rules, Vjp};
 use crate::Result;
+use crate::onnx::{AttributeProto, DataType};
 
 pub(super) fn add(rules: &mut Rules) {
     let mut row = |op: &str, rule: fn(&Vjp) -> Result<Adjoints>| rules.insert(MICROSOFT, op, Rule::vjp(rule));
@@ -11,8 +13,27 @@ pub(super) fn add(rules: &mut Rules) {
     row("QuickGelu", |v| v.first(swish(v, v.x(0)?, v.y(0)?, v.dy()?, f64::from(v.node.attr_f("alpha", 1.702)))));
     row("FastGelu", |v| biased(v, gelu_tanh));
     row("BiasGelu", |v| biased(v, gelu));
+    row("EmbedLayerNormalization", |v| v.through(embed));
     row("SkipLayerNormalization", |v| skip(v, Some(3), 4));
     row("SkipSimplifiedLayerNormalization", |v| skip(v, None, 3));
+}
+
+/// Token ids, segment ids, the tables of words, positions and segments, scale, shift, mask, positions: a normalization
+/// of the sum of what the tables hold (outputs: it, the mask's index, the sum).
+fn embed(v: &Vjp) -> Result<Vec<Option<String>>> {
+    let row = |table: &str, at: &str| v.op("Gather", &[table, &v.cast(at, DataType::Int64)], vec![]);
+    let ids = v.x(0)?;
+    let places = match v.node.input_at(8) {
+        Some(places) => places.to_string(),
+        None => counting(v, &v.size_of(ids, 1)),
+    };
+    let mut sum = v.add(row(v.x(2)?, ids), row(v.x(3)?, &places));
+    if let (Some(segments), Some(table)) = (v.node.input_at(1), v.node.input_at(4)) {
+        sum = v.add(sum, row(table, segments));
+    }
+    let epsilon = vec![AttributeProto::float("epsilon", v.node.attr_f("epsilon", 1e-12))];
+    let y = v.op("LayerNormalization", &[&sum, v.x(5)?, v.x(6)?], epsilon);
+    Ok(vec![Some(y), None, Some(sum)])
 }
 
 /// An activation of x + bias, the bias being a vector or absent.

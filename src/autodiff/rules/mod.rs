@@ -4,6 +4,7 @@
 //! `com.microsoft`, ONNX Runtime's `docs/ContribOperators.md`; derivatives are textbook ones, checked against finite
 //! differences in `tests/autodiff`.
 
+mod attention;
 mod contrib;
 mod control;
 mod conv;
@@ -20,10 +21,12 @@ mod matmul;
 mod norm;
 mod normalize;
 mod pool;
+mod quantized;
 mod range;
 mod recurrent;
 mod reduce;
 mod resize;
+mod rotary;
 mod scatter;
 mod softmax;
 mod window;
@@ -99,6 +102,9 @@ impl Rules {
         control::add(&mut rules);
         loops::add(&mut rules);
         zero::add(&mut rules);
+        attention::add(&mut rules);
+        rotary::add(&mut rules);
+        quantized::add(&mut rules);
         rules
     }
 

@@ -51,14 +51,14 @@ const ZERO: &[(&str, &str)] = &[
 ];
 
 const ROUNDS: &str = "rounds to a grid, which has no useful derivative; train the model before it is quantized";
-const FUSED: &str = "is a fused operator; export the model without this fusion";
 
 const SAMPLES: &str = "reads at places that depend on its inputs, and its rule is not written yet";
 const SEQUENCE: &str =
     "holds tensors in a sequence or optional, which has no adjoint; export the model with tensors alone";
 
+const PACKED: &str = "takes sequences without their padding; export the model without this fusion";
+
 const REFUSED: &[(&str, &str, &str)] = &[
-    ("", "Attention", "is not written yet; export the model with an operator set below 23"),
     (
         "",
         "DequantizeLinear",
@@ -87,11 +87,18 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("", "OptionalGetElement", SEQUENCE),
     ("", "TensorScatter", "is not written yet; export the model without its cache"),
     ("", "Unique", "gives as many elements as there are distinct values: it has no fixed shape to differentiate"),
-    (MICROSOFT, "Attention", FUSED),
-    (MICROSOFT, "GroupQueryAttention", FUSED),
-    (MICROSOFT, "MultiHeadAttention", FUSED),
-    (MICROSOFT, "RotaryEmbedding", FUSED),
-    (MICROSOFT, "MatMulNBits", "is not written yet; train the model before it is quantized"),
+    (MICROSOFT, "Attention", "is not written yet; export the model without this fusion"),
+    (MICROSOFT, "ConvTransposeWithDynamicPads", "has pads that depend on its inputs"),
+    (MICROSOFT, "DynamicQuantizeLSTM", ROUNDS),
+    (MICROSOFT, "DynamicQuantizeMatMul", ROUNDS),
+    (MICROSOFT, "MatMulIntegerToFloat", ROUNDS),
+    (MICROSOFT, "PackedAttention", PACKED),
+    (MICROSOFT, "PackedMultiHeadAttention", PACKED),
+    (MICROSOFT, "QAttention", ROUNDS),
+    (MICROSOFT, "QGemm", ROUNDS),
+    (MICROSOFT, "QLinearAdd", ROUNDS),
+    (MICROSOFT, "QLinearMul", ROUNDS),
+    (MICROSOFT, "QuantizeLinear", ROUNDS),
 ];
 
 pub(super) fn add(rules: &mut Rules) {
