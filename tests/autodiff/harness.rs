@@ -213,6 +213,10 @@ impl Case {
     pub fn check(&self) -> Result<(), String> {
         for opset in &self.opsets {
             for dynamic in [false, true] {
+                // ONNX Runtime does not load it without the sizes of its tables.
+                if dynamic && self.op == "EmbedLayerNormalization" {
+                    continue;
+                }
                 let model = self.model(dynamic, *opset);
                 let wrt = self.wrt();
                 let of: Vec<String> =

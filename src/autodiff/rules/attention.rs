@@ -106,6 +106,9 @@ fn attention(v: &Vjp) -> Result<Vec<Option<String>>> {
     if let Some(mask) = v.node.input_at(3) {
         // A mask that is too short hides the keys that it does not reach.
         let rank = v.rank(mask)?;
+        if rank < 2 {
+            return Err(v.error("its mask has to be a matrix or more"));
+        }
         let missing = v.sub(v.size_of(&keys, 2), v.size_of(mask, rank - 1));
         let widths = v.concat(&[v.ints(&vec![0; 2 * rank - 1]), missing], 0);
         let fits = v.dims(mask).and_then(|d| d.last()) == v.dims(k).and_then(|d| d.get(d.len() - 2)) && past.is_none();

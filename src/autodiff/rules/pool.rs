@@ -60,7 +60,7 @@ fn flat(v: &Vjp, x: &str) -> String {
 
 /// `g` added up at flat `indices` of zeros in the shape of `x`.
 pub(super) fn scatter_flat(v: &Vjp, x: &str, indices: &str, g: &str) -> String {
-    let zeros = v.expand(v.c(0.0), v.size_of(x));
+    let zeros = v.expand(v.c(0.0), v.count_of(x));
     let add = vec![AttributeProto::int("axis", 0), AttributeProto::string("reduction", "add")];
     let sum = v.op("ScatterElements", &[&zeros, &flat(v, indices), &flat(v, g)], add);
     v.reshape(sum, v.shape_of(x))
@@ -68,7 +68,7 @@ pub(super) fn scatter_flat(v: &Vjp, x: &str, indices: &str, g: &str) -> String {
 
 impl Vjp<'_> {
     /// Number of elements of `x` as a 1-D int64 value of one element.
-    fn size_of(&self, x: &str) -> String {
+    fn count_of(&self, x: &str) -> String {
         match self.static_dims(x).and_then(|dims| dims.iter().try_fold(1i64, |n, d| n.checked_mul(*d))) {
             Some(n) => self.ints(&[n]),
             None => self.unsqueeze(self.size(x), self.ints(&[0])),
