@@ -45,8 +45,8 @@ impl Vjp<'_> {
         let adjoints = path.reverse(scope, self.emitter, seeds, &wrt)?;
         self.emitter.amend_emitted();
         let mut of_value: Vec<(String, Option<String>)> = wrt.into_iter().zip(adjoints).collect();
-        let mut take = |x: &String| of_value.iter_mut().find(|(value, _)| value == x).and_then(|(_, a)| a.take());
-        Ok(self.inputs.iter().map(|x| take(x)).collect())
+        let take = |x: &String| of_value.iter_mut().find(|(value, _)| value == x).and_then(|(_, a)| a.take());
+        Ok(self.inputs.iter().map(take).collect())
     }
 
     /// Dimension `axis` of an emitted value, a 1-D int64 value of one element.
