@@ -8,6 +8,7 @@ use crate::onnx::DataType;
 
 pub(super) fn add(rules: &mut Rules) {
     rules.vjp("LayerNormalization", |v| {
+        only_the_first(v)?;
         let (x, dy) = (v.x(0)?, v.dy()?);
         let n = Normalized::layer(v, x, rows(v, x, v.node.attr_i("axis", -1))?, epsilon(v, 1e-5), Some((1, 2)));
         let dx = v.wants(0).then(|| n.backward(dy, v.node.input_at(1), true));
@@ -20,7 +21,16 @@ pub(super) fn add(rules: &mut Rules) {
     rules.vjp("InstanceNormalization", instance);
 }
 
+/// A gradient that leaves out what comes back through the mean or the deviation would be wrong in silence.
+fn only_the_first(v: &Vjp) -> Result<()> {
+    match (1..v.node.output.len()).find(|i| v.adjoint(*i).is_some()) {
+        Some(i) => Err(v.error(format!("a result depends on its output {i}, whose derivative is not written yet"))),
+        None => Ok(()),
+    }
+}
+
 fn rms(v: &Vjp, inv_std: Option<usize>) -> Result<Adjoints> {
+    only_the_first(v)?;
     let (x, dy) = (v.x(0)?, v.dy()?);
     let n = Normalized::rms(v, x, rows(v, x, v.node.attr_i("axis", -1))?, epsilon(v, 1e-5), inv_std);
     let dx = v.wants(0).then(|| n.backward(dy, v.node.input_at(1), false));
