@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times our gradient graphs against those of onnx-ad 0.3.0, side by side in ONNX Runtime, and how long each takes to make.
 
-    cargo build --release && python3 benches/onnx_ad.py [--rounds 15] [--threads 2] [--json]
+    cargo build --release && python3 benches/gradient_graphs.py [--rounds 15] [--threads 2] [--json]
 
 Two models: an MLP of eight 768 × 768 layers (gradient of its input), and the 3-layer MiniLM sentence encoder of
 scripts/fetch.py (gradients of its 18 linear weights, made inputs of the graph because onnx-ad differentiates nothing
@@ -79,10 +79,15 @@ def minilm(path):
         feeds[tensor.name] = onnx.numpy_helper.to_array(tensor)
         graph.initializer.remove(tensor)
     # One size for all: onnx-ad makes smaller graphs where shapes are known, and so do we.
-    for value in [*graph.input, *graph.output]:
+    for value in graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_param:
-                dim.dim_value = (8, 64)[axis] if axis < 2 else 384
+                dim.dim_value = (8, 64)[axis]
+    for value in graph.output:
+        value.type.tensor_type.ClearField("shape")
+    del graph.value_info[:]
+    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    graph = model.graph
     onnx.save(model, path)
     rng = np.random.default_rng(2)
     for value in graph.input:
@@ -104,7 +109,7 @@ def compare(name, make, binary, rounds, threads, folder):
     base, ours, theirs = (folder / f"{name}.{part}.onnx" for part in ("base", "ours", "theirs"))
     feeds, wrt = make(base)
     began = time.perf_counter()
-    subprocess.run([binary, "grad", base, "-o", ours, "--wrt", ",".join(wrt), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([binary, "grad", base, "-o", ours, *(word for name in wrt for word in ("--wrt", name))], check=True, stdout=subprocess.DEVNULL)
     made = [time.perf_counter() - began]
     began = time.perf_counter()
     adjoint = onnx_ad.reverse(onnx.load(base), inputs=wrt, layout="onnx")
