@@ -19,6 +19,8 @@ mod nn;
 mod op;
 mod ranks;
 mod reduce;
+mod sequence;
+mod signal;
 mod symbols;
 mod value;
 

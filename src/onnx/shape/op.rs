@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::OnceLock;
 
 use super::{DataType, Dim, MAX_VALUE, Shapes, Symbols, Value};
-use super::{contrib, control, elementwise, indexing, layout, matmul, nn, reduce, value};
+use super::{contrib, control, elementwise, indexing, layout, matmul, nn, reduce, sequence, signal, value};
 use crate::onnx::NodeProto;
 
 /// Sets what is known of a node's outputs; stops (`None`) where nothing more is.
@@ -39,6 +39,8 @@ fn table() -> &'static HashMap<&'static str, Rule> {
             matmul::RULES,
             nn::RULES,
             reduce::RULES,
+            sequence::RULES,
+            signal::RULES,
             value::RULES,
         ];
         families.into_iter().flatten().flat_map(|(ops, rule)| ops.iter().map(|op| (*op, *rule))).collect()
