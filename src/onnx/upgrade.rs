@@ -9,8 +9,11 @@ use half::{bf16, f16};
 use ndarray::Array1;
 
 use super::proto::OperatorSetIdProto;
+use super::proto::type_proto::Value;
 use super::shape::{Dim, Shapes};
-use super::{AttributeProto, DataType, GraphProto, ModelProto, Names, NodeProto, Tensor, node, walk_graphs};
+use super::{
+    AttributeProto, DataType, GraphProto, ModelProto, Names, NodeProto, Tensor, ValueInfoProto, node, walk_graphs,
+};
 use crate::{Error, Result};
 
 /// The oldest operator set that can be lifted: before it, elementwise operators broadcast by attributes.
@@ -228,8 +231,39 @@ fn batch_normalization_spatial(lift: &mut Lift, mut node: NodeProto) -> Result<(
     Ok(())
 }
 
-fn scan(_: &mut Lift, node: NodeProto) -> Result<()> {
-    Err(cannot(&node, "operator set 9 gave Scan other inputs; export the model anew"))
+/// Scan of set 8 ran over a batch: each state and input has the batch as its first axis. A Scan over the batch, without
+/// states, now holds the Scan over the steps, which follow next.
+fn scan(lift: &mut Lift, mut node: NodeProto) -> Result<()> {
+    if node.input.is_empty() {
+        return Err(cannot(&node, "it lacks an input"));
+    }
+    if node.input_at(0).is_some() {
+        return Err(cannot(&node, "operator set 9 dropped the sequence_lens of Scan"));
+    }
+    let Some(body) = take(&mut node, "body").and_then(|a| a.g) else { return Err(cannot(&node, "it has no body")) };
+    let directions = take(&mut node, "directions");
+    let mut names = |of: &[ValueInfoProto], what: &str| -> Vec<ValueInfoProto> {
+        let own = |info: &ValueInfoProto| {
+            let mut own = ValueInfoProto { name: Some(lift.fresh(&node, what)), ..info.clone() };
+            if let Some(Value::TensorType(tensor)) = own.r#type.as_mut().and_then(|t| t.value.as_mut()) {
+                tensor.shape = None;
+            }
+            own
+        };
+        of.iter().map(own).collect()
+    };
+    let (input, output) = (names(&body.input, "row"), names(&body.output, "row_result"));
+    let called = |infos: &[ValueInfoProto]| infos.iter().map(|i| i.name().to_string()).collect();
+    let mut steps = NodeProto { input: called(&input), output: called(&output), ..node.clone() };
+    let count = input.len() as i64;
+    steps.attribute.push(AttributeProto::graph("body", body));
+    steps.attribute.extend(directions.map(|a| AttributeProto::ints("scan_input_directions", &a.ints)));
+    let name = Some(lift.fresh(&node, "rows"));
+    let rows = GraphProto { name, input, output, node: vec![steps], ..Default::default() };
+    node.input.remove(0);
+    node.attribute = vec![AttributeProto::graph("body", rows), AttributeProto::int("num_scan_inputs", count)];
+    lift.nodes.push(node);
+    Ok(())
 }
 
 fn upsample_scales(lift: &mut Lift, mut node: NodeProto) -> Result<()> {

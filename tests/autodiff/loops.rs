@@ -298,3 +298,30 @@ fn sequences_are_refused() {
     let error = gradient(&model(nodes, &feeds, &["y"], true), &request).unwrap_err().to_string();
     assert!(error.contains("SequenceInsert"), "{error}");
 }
+
+/// Scan as operator set 8 had it: a batch of them, here each from the end.
+#[test]
+fn batched_scan_of_set_8() {
+    let body = GraphProto {
+        name: Some("body".into()),
+        input: vec![double("h"), double("u")],
+        output: vec![double("h2"), double("z")],
+        node: vec![node("Add", &["h", "u"], &["a"]), node("Tanh", &["a"], &["h2"]), node("Mul", &["h2", "u"], &["z"])],
+        ..Default::default()
+    };
+    let attributes = vec![
+        AttributeProto::graph("body", body),
+        AttributeProto::int("num_scan_inputs", 1),
+        AttributeProto::ints("directions", &[1]),
+    ];
+    let feeds = [("h0", values(&[2, 3], 1)), ("x", values(&[2, 4, 3], 2))];
+    for sized in [true, false] {
+        let scan = with(node("Scan", &["", "h0", "x"], &["last", "all"]), attributes.clone());
+        let mut old = model(vec![scan], &feeds, &["last", "all"], sized);
+        old.opset_import[0].version = Some(8);
+        // In double precision ONNX Runtime has none of the body's operators of set 8.
+        let feeds: BTreeMap<String, Tensor> = feeds.iter().map(|(n, t)| (n.to_string(), t.clone())).collect();
+        let (of, wrt) = (vec!["last".to_string(), "all".to_string()], vec!["h0".to_string(), "x".to_string()]);
+        compare(&old, &of, &wrt, &feeds, true, Tolerance::DOUBLE).unwrap();
+    }
+}
