@@ -44,11 +44,17 @@ pub fn into_general_position(
             |x, u, _| x * (1.03 + 0.02 * u),
             |x, u, scale| x + 0.02 * scale * (1.2 + u),
         ];
-        for way in ways {
+        let moves = ways.iter().map(|way| {
             let there: Vec<f64> = point.iter().zip(&noise).map(|(x, u)| way(*x, *u, scale)).collect();
+            with_values(at.data_type(), at.dims(), &there)
+        });
+        // Where equal values decide a shape (and no input decides it by its own value), there is no other way off them.
+        let alone = wrt.len() == 1;
+        for (there, free) in moves.clone().map(|m| (m, false)).chain(moves.filter(|_| alone).map(|m| (m, true))) {
             let mut moved = feeds.clone();
-            moved.insert(name.clone(), with_values(at.data_type(), at.dims(), &there));
-            let fits = |after: Vec<Tensor>| shapes(&after) == shapes(&before) && unfit(&after) <= unfit(&before);
+            moved.insert(name.clone(), there);
+            let fits =
+                |after: Vec<Tensor>| (free || shapes(&after) == shapes(&before)) && unfit(&after) <= unfit(&before);
             if forward.run(&moved).is_ok_and(fits) {
                 feeds = moved;
                 break;

@@ -101,7 +101,8 @@ fn table(rows: &BTreeMap<String, Row>) -> String {
         "# Operators and their gradients\n\nMade by `scripts/node_tests.py --report` from the table of rules and a run of \
          the ONNX backend node tests\n(package onnx 1.23.2): each case's vector-Jacobian product against central \
          differences along random directions, in\nfloat64 where ONNX Runtime has the kernels, with its graph \
-         optimizations off and on. Cases of operator sets newer than the engine's are declared as its newest.\nDo not edit.\n\n",
+         optimizations off and on. A case that the engine does not take as it stands is declared as of an older\noperator \
+         set, or run in float32 in place of its own type, where it takes that.\nDo not edit.\n\n",
     );
     text += &counts(rows);
     text += "\n## By operator\n\n\"Proven by\" counts the cases that hold the operator (alone, or in another operator's \
