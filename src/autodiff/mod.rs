@@ -9,17 +9,64 @@
 //! |---|---|
 //! | `reverse` | the walk |
 //! | `recognise` | functions written as several nodes, seen as one |
+//! | `sequences` | sequences of fixed structure, seen as the tensors in them |
 //! | `emit` | the builder: names, constants, one node where two would be equal |
 //! | `vjp` | what a rule sees |
 //! | `lower` | the adjoint of an operator by its definition in simpler ones |
 //! | `unbroadcast` | the transpose of broadcasting |
 //! | `rules` | the table, one file per family of operators |
+//!
+//! # A rule of your own
+//!
+//! An operator of a custom domain, or one whose rule here does not suit, gets a row in a table of the caller's
+//! ([`Rules::with`]), which [`gradient_with`] takes. A rule is a function from what is known of the node ([`Vjp`]: its
+//! inputs, outputs, attributes, shapes and the adjoints of its outputs) to the adjoints of its inputs. It emits nodes
+//! by the methods of [`Emitter`], one per operator, so that it reads like its formula; [`Vjp::through`] derives it from
+//! a definition of the operator in others. Here y = x·w for a `com.example.Scale` with the shapes of x and y equal and
+//! w a scalar, and a `com.example.Bucket` that is a step function:
+//!
+//! ```
+//! use bone_onnx::autodiff::{Request, Rule, Rules, Seed, gradient, gradient_with};
+//! use bone_onnx::onnx::proto::OperatorSetIdProto;
+//! use bone_onnx::onnx::{DataType, GraphProto, ModelProto, NodeProto, node, value_info};
+//!
+//! let rules = Rules::standard()
+//!     .with("com.example", "Scale", Rule::vjp(|v| {
+//!         let (x, w, dy) = (v.x(0)?, v.x(1)?, v.dy()?);
+//!         Ok(vec![Some(v.mul(dy, w)), v.wants(1).then(|| v.sum_all(v.mul(dy, x)))])
+//!     }))
+//!     .with("com.example", "Bucket", Rule::Zero("is a step function"));
+//!
+//! # let import = |domain: &str, version| OperatorSetIdProto { domain: Some(domain.into()), version: Some(version) };
+//! let scale = NodeProto { domain: Some("com.example".into()), ..node("Scale", &["x", "w"], &["y"]) };
+//! let model = ModelProto {
+//!     opset_import: vec![import("", 17), import("com.example", 1)],
+//!     graph: Some(GraphProto {
+//!         input: vec![value_info("x", DataType::Float, &["n", "8"]), value_info("w", DataType::Float, &[])],
+//!         output: vec![value_info("y", DataType::Float, &["n", "8"])],
+//!         node: vec![scale],
+//!         ..Default::default()
+//!     }),
+//!     ..Default::default()
+//! };
+//! let request =
+//!     Request { of: vec![("y".into(), Seed::Input)], wrt: vec!["x".into(), "w".into()], ..Default::default() };
+//!
+//! let refused = gradient(&model, &request).unwrap_err().to_string();
+//! assert!(refused.contains("com.example.Scale (there is no rule for it)"));
+//! let derived = gradient_with(&model, &request, &rules)?;
+//! assert_eq!(derived.gradients, ["x.grad", "w.grad"]);
+//! # Ok::<(), bone_onnx::Error>(())
+//! ```
+//!
+//! The engine that runs the result still has to know the custom operator, for the forward pass is in it.
 
 mod emit;
 mod lower;
 mod recognise;
 mod reverse;
 mod rules;
+mod sequences;
 mod unbroadcast;
 mod vjp;
 
@@ -99,6 +146,7 @@ pub fn gradient_with(model: &ModelProto, request: &Request, rules: &Rules) -> Re
     let mut visible: HashSet<String> = graph.output.iter().map(|v| v.name().to_string()).collect();
     visible.extend(request.of.iter().map(|(value, _)| value).chain(&request.wrt).cloned());
     let nodes = recognise(&graph.node, &constants, &visible);
+    let nodes = sequences::unpack(nodes, &shapes, &constants, &emitter);
     let scope = Scope { nodes: &nodes, shapes: &shapes, constants: &constants, rules, opset: emitter.opset };
     let of: Vec<String> = request.of.iter().map(|(value, _)| value.clone()).collect();
     let path = Path::find(scope, &of, &request.wrt)?;

@@ -7,8 +7,11 @@ use super::harness::{Arg, Case, Random, case};
 
 mod einsum;
 mod loss;
+mod ml;
 mod more;
 mod resize;
+mod sample;
+mod signal;
 mod window;
 
 const MS: &str = "com.microsoft";
@@ -77,6 +80,9 @@ pub fn all() -> Vec<Case> {
     einsum::add(&mut cases);
     loss::add(&mut cases);
     more::add(&mut cases);
+    sample::add(&mut cases);
+    signal::add(&mut cases);
+    ml::add(&mut cases);
     attention(&mut cases);
     contrib_attention(&mut cases);
     cases

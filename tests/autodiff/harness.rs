@@ -109,6 +109,21 @@ impl Case {
     pub fn ints(self, name: &str, values: &[i64]) -> Self {
         self.attr(AttributeProto::ints(name, values))
     }
+    pub fn floats(self, name: &str, values: &[f32]) -> Self {
+        use bone_onnx::onnx::proto::attribute_proto::AttributeType::Floats;
+        let floats = values.to_vec();
+        self.attr(AttributeProto { name: Some(name.into()), floats, r#type: Some(Floats as i32), ..Default::default() })
+    }
+    pub fn strings(self, name: &str, values: &[&str]) -> Self {
+        use bone_onnx::onnx::proto::attribute_proto::AttributeType::Strings;
+        let strings = values.iter().map(|s| s.to_string().into()).collect();
+        self.attr(AttributeProto {
+            name: Some(name.into()),
+            strings,
+            r#type: Some(Strings as i32),
+            ..Default::default()
+        })
+    }
     pub fn string(self, name: &str, value: &str) -> Self {
         self.attr(AttributeProto::string(name, value))
     }
@@ -188,7 +203,7 @@ impl Case {
         }
         let element = if self.single { DataType::Float } else { DataType::Double };
         for (k, used) in self.outputs.iter().enumerate() {
-            let needed = *used || self.op == "TopK";
+            let needed = *used || matches!(self.op, "TopK" | "LinearClassifier");
             node.output.push(if needed { format!("y{k}") } else { String::new() });
             if *used {
                 let mut info = value_info(&format!("y{k}"), element, &[]);
@@ -204,7 +219,12 @@ impl Case {
         let import = |domain: &str, version| OperatorSetIdProto { domain: Some(domain.into()), version: Some(version) };
         let mut opset_import = vec![import("", opset)];
         if !self.domain.is_empty() {
-            opset_import.push(import(self.domain, 1));
+            let version = match (self.domain, self.op) {
+                ("ai.onnx.ml", "TreeEnsemble") => 5,
+                ("ai.onnx.ml", _) => 3,
+                _ => 1,
+            };
+            opset_import.push(import(self.domain, version));
         }
         ModelProto { ir_version: Some(8), graph: Some(graph), opset_import, ..Default::default() }
     }

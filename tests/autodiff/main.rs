@@ -5,6 +5,7 @@ mod gelu;
 mod harness;
 mod loops;
 mod recurrent;
+mod sequences;
 mod table;
 mod whole;
 

@@ -9,7 +9,7 @@ use super::cases;
 use super::harness::{Arg, Case, Random, case, load};
 
 /// Rules with a test of their own in another file.
-const ELSEWHERE: &[&str] = &["If", "Loop", "Scan"];
+const ELSEWHERE: &[&str] = &["If", "Loop", "Optional", "OptionalGetElement", "Scan"];
 
 /// Rows that say "zero" of operators that take no floats.
 const NO_FLOATS: &[&str] = &[
@@ -20,14 +20,24 @@ const NO_FLOATS: &[&str] = &[
     "BitwiseOr",
     "BitwiseXor",
     "BlackmanWindow",
+    "CategoryMapper",
     "Constant",
     "ConstantOfShape",
     "HammingWindow",
     "HannWindow",
+    "ImageDecoder",
     "Not",
+    "OptionalHasElement",
     "Or",
     "RandomNormal",
     "RandomUniform",
+    "RegexFullMatch",
+    "SequenceEmpty",
+    "SequenceLength",
+    "StringConcat",
+    "StringNormalizer",
+    "StringSplit",
+    "TfIdfVectorizer",
     "Xor",
 ];
 
@@ -67,7 +77,99 @@ fn zeros() -> Vec<Case> {
     let limit = Arg::Const(Tensor::new(&[1], vec![2i64]));
     let boxes = Arg::By(vec![1, 3, 4], boxes);
     zeros.push(case("NonMaxSuppression", vec![boxes, Arg::By(vec![1, 1, 3], vec![0.9, 0.8, 0.7]), limit]));
+    let (number, edge) = (|n: i64| Arg::Const(Tensor::scalar(n)), |hertz: f64| Arg::By(vec![], vec![hertz]));
+    let mel = vec![number(8), number(64), number(16000), edge(310.0), edge(7100.0)];
+    zeros.push(case("MelWeightMatrix", mel));
+    zeros.extend(ml_zeros(x));
     zeros
+}
+
+fn ml_zeros(x: impl Fn() -> Arg) -> Vec<Case> {
+    let ml = |op: &'static str| case(op, vec![x()]).domain("ai.onnx.ml");
+    // One tree of one question: is the first feature at most 0.5?
+    let tree = |op: &'static str| {
+        let nodes = ml(op).ints("nodes_treeids", &[0; 3]).ints("nodes_nodeids", &[0, 1, 2]);
+        let nodes = nodes.ints("nodes_featureids", &[0; 3]).floats("nodes_values", &[0.5, 0.0, 0.0]);
+        let nodes = nodes.strings("nodes_modes", &["BRANCH_LEQ", "LEAF", "LEAF"]);
+        nodes.ints("nodes_truenodeids", &[1, 0, 0]).ints("nodes_falsenodeids", &[2, 0, 0])
+    };
+    let leaves = |case: Case, what: &str| {
+        let case = case.ints(&format!("{what}_treeids"), &[0; 2]).ints(&format!("{what}_nodeids"), &[1, 2]);
+        case.ints(&format!("{what}_ids"), &[0, 0]).floats(&format!("{what}_weights"), &[1.0, 2.0])
+    };
+    let tensor = |name: &str, value: Tensor| AttributeProto::tensor(name, value.to_proto(""));
+    let newest = ml("TreeEnsemble").int("n_targets", 1).ints("tree_roots", &[0]).ints("nodes_featureids", &[0]);
+    let newest = newest.attr(tensor("nodes_modes", Tensor::new(&[1], vec![0u8])));
+    let newest = newest.attr(tensor("nodes_splits", Tensor::new(&[1], vec![0.5f32])));
+    let newest = newest.ints("nodes_truenodeids", &[0]).ints("nodes_trueleafs", &[1]);
+    let newest = newest.ints("nodes_falsenodeids", &[1]).ints("nodes_falseleafs", &[1]);
+    let newest = newest.ints("leaf_targetids", &[0, 0]).int("post_transform", 0).int("aggregate_function", 1);
+    vec![
+        ml("Binarizer").float("threshold", 0.3),
+        ml("LabelEncoder").floats("keys_floats", &[7.0]).floats("values_floats", &[9.0]).float("default_float", 1.0),
+        ml("OneHotEncoder").ints("cats_int64s", &[0, 1, 2]).int("zeros", 1),
+        newest.attr(tensor("leaf_weights", Tensor::new(&[2], vec![1.0f32, 2.0]))),
+        leaves(tree("TreeEnsembleRegressor"), "target").int("n_targets", 1),
+        leaves(tree("TreeEnsembleClassifier"), "class").ints("classlabels_int64s", &[0, 1]).outputs(&[true, true]),
+    ]
+}
+
+/// Operators that older operator sets had and that `upgrade` writes in today's.
+const LIFTED: &[&str] = &["Scatter", "Upsample"];
+
+/// What ONNX Runtime's optimizer writes into the default domain.
+const OPTIMIZED: &[&str] = &["SimplifiedLayerNormalization"];
+
+/// The newest operator set that ONNX Runtime 1.31 runs.
+const NEWEST: i64 = 26;
+
+/// Every operator of the specification has a row, and every row of its domains is one of its operators. One that takes
+/// and gives floats and is refused is of the few that are listed here.
+#[test]
+fn no_operator_lacks_a_row() {
+    const REFUSED: &[&str] = &[
+        "BitCast",
+        "ConcatFromSequence",
+        "DynamicQuantizeLinear",
+        "QuantizeLinear",
+        "SVMClassifier",
+        "SequenceAt",
+        "SequenceConstruct",
+        "SequenceErase",
+        "SequenceInsert",
+        "SequenceMap",
+        "SplitToSequence",
+    ];
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/operators/operators.tsv");
+    let text = std::fs::read_to_string(path).unwrap();
+    let rules = Rules::standard();
+    let table: std::collections::BTreeMap<(&str, &str), &Rule> =
+        rules.iter().map(|(domain, op, rule)| ((domain, op), rule)).collect();
+    let (mut known, mut wrong) = (BTreeSet::new(), Vec::new());
+    for line in text.lines() {
+        let columns: Vec<&str> = line.split('\t').collect();
+        let [domain, op, since, _, floats] = columns[..] else { panic!("{line}") };
+        let domain = if domain == "ai.onnx" { "" } else { domain };
+        known.insert((domain, op));
+        if LIFTED.contains(&op) {
+            continue;
+        }
+        let first: i64 = since.split(',').next().unwrap().parse().unwrap();
+        match table.get(&(domain, op)) {
+            None => wrong.push(format!("{domain}.{op} has no row")),
+            Some(Rule::Refused(_)) if first <= NEWEST && floats == "float" && !REFUSED.contains(&op) => {
+                wrong.push(format!("{domain}.{op} is refused"));
+            }
+            _ => {}
+        }
+    }
+    assert!(known.len() > 200);
+    for (domain, op) in table.keys().filter(|(domain, _)| matches!(*domain, "" | "ai.onnx.ml")) {
+        if !known.contains(&(*domain, *op)) && !OPTIMIZED.contains(op) {
+            wrong.push(format!("{domain}.{op} is no operator"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]

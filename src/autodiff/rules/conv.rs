@@ -1,8 +1,9 @@
 //! Convolution. The adjoint by the input is the transposed convolution with the same weight, and the other way round;
 //! the adjoint by the weight is a convolution of input and adjoint over the batch.
 
+use super::rotary::counting;
 use super::window::Window;
-use super::{Rules, Vjp};
+use super::{Adjoints, Rules, Vjp};
 use crate::Result;
 use crate::onnx::AttributeProto;
 
@@ -21,23 +22,42 @@ pub(super) fn add(rules: &mut Rules) {
         let dw = v.wants(1).then(|| window.weight(dy, x, group));
         Ok(vec![dx, dw, bias(v, x, dy)?])
     });
-    rules.vjp("Col2Im", |v| {
-        // The windows of dy, by a convolution with one kernel for each of their elements.
-        let (x, dy) = (v.x(0)?, v.dy()?);
-        let block = v.constant_ints(2).ok_or_else(|| v.error("its block_shape must be constant"))?;
-        let image = v.constant_ints(1).ok_or_else(|| v.error("its image_shape must be constant"))?;
-        let ints =
-            |name: &str, n: usize, default: i64| v.node.attr_ints(name).map_or(vec![default; n], <[i64]>::to_vec);
-        let n = block.len();
-        let size = block.iter().try_fold(1i64, |n, k| n.checked_mul(*k)).ok_or_else(|| v.error("bad block_shape"))?;
-        let square = v.expand(v.c(0.0), v.ints(&[size, size]));
-        let eye = v.reshape(v.op("EyeLike", &[&square], vec![]), v.ints(&[&[size, 1][..], &block].concat()));
-        let planes = v.op("Reshape", &[dy, &v.ints(&[&[-1, 1][..], &image].concat())], vec![]);
-        let attributes = ["strides", "dilations"].map(|name| AttributeProto::ints(name, &ints(name, n, 1)));
-        let mut attributes = attributes.to_vec();
-        attributes.push(AttributeProto::ints("pads", &ints("pads", 2 * n, 0)));
-        v.first(v.reshape(v.op("Conv", &[&planes, &eye], attributes), v.shape_of(x)))
-    });
+    rules.vjp("Col2Im", im2col);
+}
+
+/// What each element of the window reads at each of its positions: along one axis after the other, `[element, position]`
+/// in place of the axis.
+fn im2col(v: &Vjp) -> Result<Adjoints> {
+    let (x, dy) = (v.x(0)?, v.dy()?);
+    let block = v.x(2)?;
+    let n = v.constant_ints(2).map(|block| block.len()).or_else(|| v.rank(v.y(0).ok()?).ok()?.checked_sub(2));
+    let n = n.ok_or_else(|| v.error("the number of its spatial axes must be known"))?;
+    let ints = |name: &str, length: usize, default: i64| match v.node.attr_ints(name) {
+        None => Ok(vec![default; length]),
+        Some(values) if values.len() == length => Ok(values.to_vec()),
+        Some(_) => Err(v.error(format!("attribute {name} must have {length} values"))),
+    };
+    let (strides, dilations, pads) = (ints("strides", n, 1)?, ints("dilations", n, 1)?, ints("pads", 2 * n, 0)?);
+    let none = [0, 0];
+    let widths = [&none[..], &pads[..n], &none[..], &pads[n..]].concat();
+    let mut read = v.pad(dy, &widths.iter().map(|width| v.ints(&[*width])).collect::<Vec<_>>());
+    for i in 0..n {
+        // Behind two axes for each spatial one that is done.
+        let axis = 2 + 2 * i as i64;
+        let elements = v.op("Mul", &[&counting(v, &v.gather_one(block, i)), &v.ints(&[dilations[i]])], vec![]);
+        let last = v.op("Slice", &[&elements, &v.ints(&[-1]), &v.ints(&[i64::MAX])], vec![]);
+        let starts = v.sub(v.size_of(&read, axis as usize), last);
+        let positions = counting(
+            v,
+            &v.op("Div", &[&v.add(starts, v.ints(&[strides[i] - 1])), &v.ints(&[strides[i].max(1)])], vec![]),
+        );
+        let positions = v.mul(positions, v.ints(&[strides[i]]));
+        let places = v.add(v.unsqueeze(elements, v.ints(&[1])), positions);
+        read = v.op("Gather", &[&read, &places], vec![AttributeProto::int("axis", axis)]);
+    }
+    let pairs = |first: i64| (0..n as i64).map(move |i| 2 + first + 2 * i);
+    let perm: Vec<i64> = [0, 1].into_iter().chain(pairs(0)).chain(pairs(1)).collect();
+    v.first(v.reshape(v.transpose(read, &perm), v.shape_of(x)))
 }
 
 fn window<'v, 'a>(v: &'v Vjp<'a>, big: &str, small: &str, w: &str) -> Result<Window<'v, 'a>> {

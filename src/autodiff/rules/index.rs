@@ -15,6 +15,19 @@ pub(super) fn add(rules: &mut Rules) {
         let indices = with_batch(v, v.x(1)?)?;
         v.first(scatter_nd(v, &v.zeros_like(v.x(0)?), &indices, v.dy()?, Some("add")))
     });
+    // Each value is that of its first occurrence; what is equal to it belongs to that one.
+    rules.vjp("Unique", |v| {
+        let (x, dy) = (v.x(0)?, v.dy()?);
+        let first = v.forward_output(v.node, 1);
+        let Some(axis) = v.node.attr("axis") else {
+            return v.first(super::pool::scatter_flat(v, x, &first, dy));
+        };
+        let rank = v.rank(x)?;
+        let axis = v.axis(axis.i(), rank)?;
+        let along: Vec<i64> = (0..rank).map(|i| if i == axis { -1 } else { 1 }).collect();
+        let places = v.expand(v.respec(&first, &along), v.shape(dy));
+        v.first(scatter_elements(v, &v.zeros_like(x), &places, dy, axis as i64, None))
+    });
     rules.vjp("TopK", |v| {
         let (x, axis) = (v.x(0)?, v.node.attr_i("axis", -1));
         let indices = v.forward_output(v.node, 1);

@@ -30,12 +30,29 @@ pub(super) fn add(rules: &mut Rules) {
         }
         v.first(v.transpose(dy, &inverse))
     });
+    for op in ["Optional", "OptionalGetElement"] {
+        rules.vjp(op, |v| v.first(v.dy()?.to_string()));
+    }
     rules.vjp("Expand", |v| Ok(vec![v.to_input(0, || v.dy().unwrap_or_default().into())]));
     rules.vjp("Concat", concat);
     rules.vjp("Split", split);
     rules.vjp("Slice", slice);
     rules.vjp("Tile", tile);
     rules.vjp("Pad", pad);
+    // What is cut off on both sides gets zeros, and the other way round.
+    rules.vjp("CenterCropPad", |v| {
+        let (x, dy) = (v.x(0)?, v.dy()?);
+        let shape = match v.node.attr_ints("axes") {
+            None => v.shape_of(x),
+            Some(axes) => {
+                let rank = v.rank(x)?;
+                let sizes =
+                    axes.iter().map(|axis| Ok(v.dim_of(x, v.axis(*axis, rank)?))).collect::<Result<Vec<_>>>()?;
+                v.join(&sizes)
+            }
+        };
+        v.first(v.op("CenterCropPad", &[dy, &shape], v.node.attribute.clone()))
+    });
     rules.vjp("Trilu", |v| {
         let inputs: Vec<&str> = [Some(v.dy()?), v.node.input_at(1)].into_iter().flatten().collect();
         v.first(v.op("Trilu", &inputs, vec![AttributeProto::int("upper", v.node.attr_i("upper", 1))]))
@@ -152,7 +169,7 @@ fn span(axis: usize) -> Vec<AttributeProto> {
 
 impl Vjp<'_> {
     /// Element `k` of a 1-D int64 value, as a 1-D value.
-    fn gather_one(&self, x: &str, k: usize) -> String {
+    pub(super) fn gather_one(&self, x: &str, k: usize) -> String {
         let k = k as i64;
         match self.constants.get(x) {
             Some(crate::onnx::Tensor::I64(a)) if a.iter().nth(k as usize).is_some() => {

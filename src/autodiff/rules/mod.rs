@@ -8,8 +8,10 @@ mod attention;
 mod contrib;
 mod control;
 mod conv;
+mod deform;
 mod einsum;
 mod elementwise;
+mod fourier;
 mod gru;
 mod index;
 mod layout;
@@ -18,6 +20,7 @@ mod loops;
 mod loss;
 mod lstm;
 mod matmul;
+mod ml;
 mod norm;
 mod normalize;
 mod pool;
@@ -26,7 +29,9 @@ mod range;
 mod recurrent;
 mod reduce;
 mod resize;
+mod roi;
 mod rotary;
+mod sample;
 mod scatter;
 mod softmax;
 mod window;
@@ -105,10 +110,16 @@ impl Rules {
         attention::add(&mut rules);
         rotary::add(&mut rules);
         quantized::add(&mut rules);
+        sample::add(&mut rules);
+        deform::add(&mut rules);
+        roi::add(&mut rules);
+        fourier::add(&mut rules);
+        ml::add(&mut rules);
         rules
     }
 
-    /// The table with one row more, or another one in its place.
+    /// The table with one row more, or another one in its place: for `op` of `domain` (`""` for the default one).
+    /// [The module's documentation](crate::autodiff#a-rule-of-your-own) has an example.
     pub fn with(mut self, domain: &str, op: &str, rule: Rule) -> Self {
         self.insert(domain, op, rule);
         self

@@ -1,12 +1,43 @@
-//! Products with weights of few bits.
+//! What comes off a grid, and products with weights of few bits. What goes onto a grid is refused, in `zero`.
 
-use super::{MICROSOFT, Rule, Rules, Vjp};
+use super::rotary::counting;
+use super::{Adjoints, MICROSOFT, Rule, Rules, Vjp};
 use crate::Result;
 use crate::onnx::{AttributeProto, DataType};
 
 pub(super) fn add(rules: &mut Rules) {
     let rule = |v: &Vjp| v.through(|v| Ok(vec![Some(matmul_n_bits(v)?)]));
     rules.insert(MICROSOFT, "MatMulNBits", Rule::vjp(rule));
+    for domain in ["", MICROSOFT] {
+        rules.insert(domain, "DequantizeLinear", Rule::vjp(dequantize));
+    }
+}
+
+/// (x - zero point)·scale, with one scale for all, for each slice along `axis`, or for each block of a slice. What is
+/// read, x, is whole numbers, so only the scale has an adjoint.
+fn dequantize(v: &Vjp) -> Result<Adjoints> {
+    let (x, scale) = (v.x(0)?, v.x(1)?);
+    // The difference is what a scale of 1 gives.
+    let ones = v.expand(v.c(1.0), v.shape_of(scale));
+    let inputs: Vec<&str> = [x, ones.as_str()].into_iter().chain(v.node.input_at(2)).collect();
+    let grid = v.node(v.node.domain(), v.node.op_type(), &inputs, v.node.attribute.clone(), 1).remove(0);
+    v.through(|v| Ok(vec![Some(v.mul(&grid, spread(v, x, scale)?))]))
+}
+
+/// The scale that each element has.
+fn spread(v: &Vjp, x: &str, scale: &str) -> Result<String> {
+    if v.rank(scale)? == 0 || v.static_dims(scale).is_some_and(|dims| dims == [1]) {
+        return Ok(v.respec(scale, &[]));
+    }
+    let (rank, block) = (v.rank(x)?, v.node.attr_i("block_size", 0));
+    let axis = v.axis(v.node.attr_i("axis", 1), rank)?;
+    if block <= 0 {
+        let shape: Vec<i64> = (0..rank).map(|i| if i == axis { -1 } else { 1 }).collect();
+        return Ok(v.respec(scale, &shape));
+    }
+    let places = counting(v, &v.dim_of(x, axis));
+    let blocks = v.op("Div", &[&places, &v.int(block)], vec![]);
+    Ok(v.op("Gather", &[scale, &blocks], vec![AttributeProto::int("axis", axis as i64)]))
 }
 
 /// Y = A·Wᵀ + bias with W[n, k] = (B[n, k] - zero[n, k / block])·scale[n, k / block] (`ContribOperators.md`).

@@ -1,7 +1,7 @@
 //! Reductions and cumulative sums.
 
 use super::super::vjp::known;
-use super::{Rules, Vjp};
+use super::{Adjoints, Rules, Vjp};
 use crate::Result;
 use crate::onnx::AttributeProto;
 
@@ -44,6 +44,25 @@ pub(super) fn add(rules: &mut Rules) {
         ];
         v.first(v.op("CumSum", &[v.dy()?, v.x(1)?], attributes))
     });
+    rules.vjp("CumProd", cumulative_product);
+}
+
+/// Each x is a factor of the products behind it: dx = Σ dy·y / x over these. Of zeros only the first has products that
+/// its change would move, and in them it counts as 1.
+fn cumulative_product(v: &Vjp) -> Result<Adjoints> {
+    let (x, axis, y, dy) = (v.x(0)?, v.x(1)?, v.y(0)?, v.dy()?);
+    let (exclusive, reverse) = (v.node.attr_i("exclusive", 0), v.node.attr_i("reverse", 0).clamp(0, 1));
+    let sum = |x: &str, exclusive: i64, reverse: i64| {
+        let attributes = vec![AttributeProto::int("exclusive", exclusive), AttributeProto::int("reverse", reverse)];
+        v.op("CumSum", &[x, axis], attributes)
+    };
+    let behind = |g: String| sum(&g, exclusive, 1 - reverse);
+    let empty = v.equal(x, v.c(0.0));
+    let whole = v.select(&empty, v.c(1.0), x);
+    let first = v.and(&empty, v.equal(sum(&v.mask(&empty), 0, reverse), v.c(1.0)));
+    let others = v.op("CumProd", &[&v.select(&first, v.c(1.0), x), axis], v.node.attribute.clone());
+    let at_zero = v.select(first, behind(v.mul(dy, others)), v.c(0.0));
+    v.first(v.select(empty, at_zero, v.div(behind(v.mul(dy, y)), whole)))
 }
 
 /// A reduction whose result and adjoint have the reduced axes back, of size 1.

@@ -1,6 +1,7 @@
 //! Scatters with each reduction, and selections whose adjoint is one. What is extreme shares its adjoint equally, as in
 //! PyTorch; a factor's adjoint is the product of the other factors, zeros among them included.
 
+use super::rotary::counting;
 use super::{Adjoints, Rules, Vjp};
 use crate::Result;
 use crate::onnx::{AttributeProto, DataType};
@@ -10,6 +11,7 @@ pub(super) fn add(rules: &mut Rules) {
     rules.vjp("ScatterND", |v| scatter(v, "GatherND"));
     rules.vjp("ReverseSequence", |v| v.first(v.op("ReverseSequence", &[v.dy()?, v.x(1)?], v.node.attribute.clone())));
     rules.vjp("Compress", compress);
+    rules.vjp("TensorScatter", tensor_scatter);
     // y = off + (on - off)·h: what lies where h is 1 belongs to on, the rest to off.
     rules.vjp("OneHot", |v| {
         let (indices, depth, values, dy) = (v.x(0)?, v.x(1)?, v.x(2)?, v.dy()?);
@@ -73,4 +75,25 @@ fn compress(v: &Vjp) -> Result<Adjoints> {
     let at = v.expand(v.op("Reshape", &[&places, &v.ints(&shape)], vec![]), v.shape(dy));
     let along = vec![AttributeProto::int("axis", axis as i64)];
     v.first(v.op("ScatterElements", &[&v.zeros_like(x), &at, dy], along))
+}
+
+/// The update lies at its own places, one after the other from where each batch's begins (and around the end).
+fn tensor_scatter(v: &Vjp) -> Result<Adjoints> {
+    let (cache, update, dy) = (v.x(0)?, v.x(1)?, v.dy()?);
+    let rank = v.rank(cache)?;
+    let axis = v.axis(v.node.attr_i("axis", -2), rank)?;
+    let circular = v.node.attr_s("mode") == Some("circular");
+    let along = |axis: usize| (0..rank).map(|i| if i == axis { -1 } else { 1 }).collect::<Vec<_>>();
+    let mut places = v.respec(&counting(v, &v.dim_of(update, axis)), &along(axis));
+    if let Some(start) = v.node.input_at(2) {
+        places = v.add(places, v.respec(start, &along(0)));
+    }
+    if circular {
+        places = v.op("Mod", &[&places, &v.dim_of(cache, axis)], vec![]);
+    }
+    let along = vec![AttributeProto::int("axis", axis as i64)];
+    let places = v.expand(places, v.shape_of(update));
+    let left = || v.op("ScatterElements", &[dy, &places, &v.zeros_like(update)], along.clone());
+    let taken = || v.op("GatherElements", &[dy, &places], along.clone());
+    Ok(vec![v.wants(0).then(left), v.wants(1).then(taken)])
 }

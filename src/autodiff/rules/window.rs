@@ -8,7 +8,7 @@ use crate::onnx::AttributeProto;
 
 /// Dimensions are 1-D int64 values of one element, constants where they are known.
 impl Vjp<'_> {
-    fn dim_op(&self, op: &str, a: &str, b: &str, value: fn(i64, i64) -> i64) -> String {
+    pub(super) fn dim_op(&self, op: &str, a: &str, b: &str, value: fn(i64, i64) -> i64) -> String {
         match (self.constant_value(a), self.constant_value(b)) {
             (Some(a), Some(b)) => self.ints(&[value(a, b)]),
             _ => self.op(op, &[a, b], vec![]),

@@ -1,5 +1,6 @@
 //! Operators whose outputs do not move when their inputs do, and operators whose derivative is refused.
 
+use super::ml::ML;
 use super::{MICROSOFT, Rule, Rules};
 
 const SHAPE: &str = "depends on the shape of its input alone";
@@ -7,6 +8,9 @@ const STEPS: &str = "is a step function: its derivative is zero wherever it exis
 const BOOLEAN: &str = "gives truth values";
 const INTEGER: &str = "gives or takes integers";
 const RANDOM: &str = "draws random numbers, whatever its input holds";
+
+const STRINGS: &str = "takes strings or bytes";
+const CATEGORIES: &str = "tells categories apart";
 
 const ZERO: &[(&str, &str)] = &[
     ("And", BOOLEAN),
@@ -30,52 +34,66 @@ const ZERO: &[(&str, &str)] = &[
     ("HammingWindow", "takes an integer"),
     ("HannWindow", "takes an integer"),
     ("Hardmax", STEPS),
+    ("ImageDecoder", STRINGS),
     ("IsInf", BOOLEAN),
     ("IsNaN", BOOLEAN),
     ("Less", BOOLEAN),
     ("LessOrEqual", BOOLEAN),
+    ("MelWeightMatrix", "puts its triangles at whole frequencies: it is a step function of their edges"),
     ("Multinomial", RANDOM),
     ("NonMaxSuppression", INTEGER),
     ("NonZero", INTEGER),
     ("Not", BOOLEAN),
+    ("OptionalHasElement", BOOLEAN),
     ("Or", BOOLEAN),
     ("RandomNormal", "has no inputs"),
     ("RandomNormalLike", RANDOM),
     ("RandomUniform", "has no inputs"),
     ("RandomUniformLike", RANDOM),
+    ("RegexFullMatch", STRINGS),
     ("Round", STEPS),
+    ("SequenceEmpty", "has no inputs"),
+    ("SequenceLength", INTEGER),
     ("Shape", SHAPE),
     ("Sign", STEPS),
     ("Size", SHAPE),
+    ("StringConcat", STRINGS),
+    ("StringNormalizer", STRINGS),
+    ("StringSplit", STRINGS),
+    ("TfIdfVectorizer", "counts words"),
     ("Xor", BOOLEAN),
+];
+
+const ZERO_ML: &[(&str, &str)] = &[
+    ("Binarizer", STEPS),
+    ("CategoryMapper", CATEGORIES),
+    ("LabelEncoder", CATEGORIES),
+    ("OneHotEncoder", CATEGORIES),
+    ("TreeEnsemble", STEPS),
+    ("TreeEnsembleClassifier", STEPS),
+    ("TreeEnsembleRegressor", STEPS),
 ];
 
 const ROUNDS: &str = "rounds to a grid, which has no useful derivative; train the model before it is quantized";
 
-const SAMPLES: &str = "reads at places that depend on its inputs, and its rule is not written yet";
-const SEQUENCE: &str =
-    "holds tensors in a sequence or optional, which has no adjoint; export the model with tensors alone";
+const SEQUENCE: &str = "handles a sequence whose length or places only a run can tell (others are taken apart into \
+                        their tensors); export the model with tensors alone";
+
+const NEWER: &str = "came with an operator set that no engine here runs; export the model for operator set 26";
+const MAPS: &str = "takes or gives maps, which have no adjoint; export the model with tensors alone";
 
 const PACKED: &str = "takes sequences without their padding; export the model without this fusion";
 
 const REFUSED: &[(&str, &str, &str)] = &[
-    (
-        "",
-        "DequantizeLinear",
-        "reads what was rounded to a grid, and its scale belongs to the quantization: freeze both",
-    ),
+    ("", "BitCast", "gives the bits of its input another meaning"),
+    ("", "CausalConvWithState", NEWER),
     ("", "DynamicQuantizeLinear", ROUNDS),
+    ("", "LinearAttention", NEWER),
     ("", "MatMulInteger", ROUNDS),
     ("", "QLinearMatMul", ROUNDS),
     ("", "QuantizeLinear", ROUNDS),
     ("", "ConvInteger", ROUNDS),
-    ("", "DFT", "is not written yet; start after the transform, or train what comes behind it"),
-    ("", "DeformConv", SAMPLES),
-    ("", "GridSample", SAMPLES),
-    ("", "MaxRoiPool", SAMPLES),
     ("", "QLinearConv", ROUNDS),
-    ("", "RoiAlign", SAMPLES),
-    ("", "STFT", "is not written yet; start after the transform, or train what comes behind it"),
     ("", "SequenceMap", SEQUENCE),
     ("", "SequenceAt", SEQUENCE),
     ("", "SequenceConstruct", SEQUENCE),
@@ -83,10 +101,11 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("", "SequenceInsert", SEQUENCE),
     ("", "ConcatFromSequence", SEQUENCE),
     ("", "SplitToSequence", SEQUENCE),
-    ("", "Optional", SEQUENCE),
-    ("", "OptionalGetElement", SEQUENCE),
-    ("", "TensorScatter", "is not written yet; export the model without its cache"),
-    ("", "Unique", "gives as many elements as there are distinct values: it has no fixed shape to differentiate"),
+    ("", "SwiGLU", NEWER),
+    (ML, "CastMap", MAPS),
+    (ML, "DictVectorizer", MAPS),
+    (ML, "SVMClassifier", "counts votes between pairs of classes, which are steps; export its decision function"),
+    (ML, "ZipMap", MAPS),
     (MICROSOFT, "Attention", "is not written yet; export the model without this fusion"),
     (MICROSOFT, "ConvTransposeWithDynamicPads", "has pads that depend on its inputs"),
     (MICROSOFT, "DynamicQuantizeLSTM", ROUNDS),
@@ -104,6 +123,9 @@ const REFUSED: &[(&str, &str, &str)] = &[
 pub(super) fn add(rules: &mut Rules) {
     for (op, why) in ZERO {
         rules.insert("", op, Rule::Zero(why));
+    }
+    for (op, why) in ZERO_ML {
+        rules.insert(ML, op, Rule::Zero(why));
     }
     for (domain, op, why) in REFUSED {
         rules.insert(domain, op, Rule::Refused(why));
