@@ -6,6 +6,7 @@
 use super::reverse::{Path, Scope, add_constants};
 use super::vjp::{Adjoints, Vjp};
 use crate::Result;
+use crate::onnx::GraphProto;
 
 impl Vjp<'_> {
     /// The adjoints of the node by way of `forward`, which emits what its outputs are and names them in their order
@@ -15,7 +16,26 @@ impl Vjp<'_> {
     /// Where an output is used that `forward` does not define, or the definition itself has no derivative.
     pub fn through(&self, forward: impl FnOnce(&Self) -> Result<Vec<Option<String>>>) -> Result<Adjoints> {
         let (outputs, graph) = self.emitter.record(|| forward(self));
-        let outputs = outputs?;
+        self.lowered(outputs?, graph)
+    }
+
+    /// [`Vjp::through`] for a definition that ends in an ordinary operator: a rule that reads its result reads the node's
+    /// own, which is there, instead of computing it again.
+    ///
+    /// # Errors
+    /// As [`Vjp::through`].
+    pub(super) fn through_own(&self, forward: impl FnOnce(&Self) -> Result<Vec<Option<String>>>) -> Result<Adjoints> {
+        let (outputs, mut graph) = self.emitter.record(|| forward(self));
+        let mut outputs = outputs?;
+        for (output, own) in outputs.iter_mut().flatten().zip(&self.node.output) {
+            let names = graph.node.iter_mut().flat_map(|node| node.input.iter_mut().chain(&mut node.output));
+            names.filter(|name| *name == output).for_each(|name| name.clone_from(own));
+            output.clone_from(own);
+        }
+        self.lowered(outputs, graph)
+    }
+
+    fn lowered(&self, outputs: Vec<Option<String>>, graph: GraphProto) -> Result<Adjoints> {
         let shapes = self.shapes.subgraph(&graph, self.opset);
         let mut constants = self.constants.clone();
         add_constants(&mut constants, &graph, &Default::default());

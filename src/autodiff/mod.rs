@@ -13,6 +13,7 @@
 //! | `emit` | the builder: names, constants, one node where two would be equal |
 //! | `vjp` | what a rule sees |
 //! | `lower` | the adjoint of an operator by its definition in simpler ones |
+//! | `left_out` | zero times infinity where a `Where` chooses |
 //! | `unbroadcast` | the transpose of broadcasting |
 //! | `rules` | the table, one file per family of operators |
 //!
@@ -62,6 +63,7 @@
 //! The engine that runs the result still has to know the custom operator, for the forward pass is in it.
 
 mod emit;
+mod left_out;
 mod lower;
 mod recognise;
 mod reverse;

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::emit::Emitter;
+use super::left_out::left_out;
 use super::rules::{Rule, Rules};
 use super::vjp::{Constants, Vjp, describe, is_float};
 use crate::onnx::shape::Shapes;
@@ -162,6 +163,7 @@ impl Path {
         let mut failures: Vec<String> = Vec::new();
         let producers: HashMap<&str, &NodeProto> =
             scope.nodes.iter().flat_map(|n| n.output.iter().map(move |y| (y.as_str(), n))).collect();
+        let left_out = left_out(scope.nodes);
         for (i, inputs) in self.nodes.iter().rev() {
             let node = &scope.nodes[*i];
             let stem = node.output_at(0).unwrap_or_else(|| node.op_type());
@@ -177,6 +179,7 @@ impl Path {
                     emitter,
                     constants: scope.constants,
                     producers: &producers,
+                    left_out: &left_out,
                     inputs,
                     adjoints: &adjoints,
                     wanted: &wanted,

@@ -1,6 +1,6 @@
 //! What a rule sees: one node, the adjoints of its outputs, which inputs want one, and what is known of shapes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Deref;
 
 use super::emit::Emitter;
@@ -23,6 +23,8 @@ pub struct Vjp<'a> {
     pub(super) emitter: &'a Emitter,
     pub(super) constants: &'a Constants,
     pub(super) producers: &'a HashMap<&'a str, &'a NodeProto>,
+    /// Values that a `Where` may leave out.
+    pub(super) left_out: &'a HashSet<&'a str>,
     /// The node's inputs, followed by the outer values that its subgraphs use.
     pub(super) inputs: &'a [String],
     /// Adjoint of each output, `None` where nothing depends on it.

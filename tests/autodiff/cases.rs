@@ -1,10 +1,12 @@
 //! One case or more for every rule, at shapes where mistakes show: broadcasting, scalars, axes of size 1, negative axes,
 //! absent optional inputs.
 
-use bone_onnx::onnx::{AttributeProto, Tensor};
+use bone_onnx::onnx::Tensor;
 
 use super::harness::{Arg, Case, Random, case};
 
+mod attention;
+mod contrib;
 mod einsum;
 mod loss;
 mod ml;
@@ -73,7 +75,7 @@ pub fn all() -> Vec<Case> {
     indices(&mut cases);
     norm(&mut cases);
     conv(&mut cases);
-    contrib(&mut cases);
+    contrib::add(&mut cases);
     cases.extend(super::recurrent::cases());
     window::add(&mut cases);
     resize::add(&mut cases);
@@ -83,8 +85,7 @@ pub fn all() -> Vec<Case> {
     sample::add(&mut cases);
     signal::add(&mut cases);
     ml::add(&mut cases);
-    attention(&mut cases);
-    contrib_attention(&mut cases);
+    attention::add(&mut cases);
     cases
 }
 
@@ -229,12 +230,6 @@ fn matmul(c: &mut Vec<Case>) {
             c.push(case.opsets(&[17]));
         }
         c.push(case("Gemm", vec![by(a), by(b), by(&[1, 4])]).int("transA", ta).int("transB", tb).what("plain"));
-        let shapes: [(&[usize], &[usize]); 3] = [(&[], &[]), (&[5], &[5]), (&[5], &[])];
-        for (batch_a, batch_b) in shapes {
-            let args = vec![by(&[batch_a, a].concat()), by(&[batch_b, b].concat())];
-            let case = case("FusedMatMul", args).domain(MS).single().opsets(&[17]);
-            c.push(case.int("transA", ta).int("transB", tb).float("alpha", 0.5));
-        }
     }
 }
 
@@ -446,126 +441,4 @@ fn conv(c: &mut Vec<Case>) {
     c.push(conv(&[1, 2, 9], &[3, 2, 3]).ints("dilations", &[2]).ints("strides", &[3]).what("dilated"));
     let grouped = vec![by(&[2, 4, 5]), Arg::FloatConst(vec![6, 2, 3], Random(1).values(36, -1.0, 1.0))];
     c.push(case("Conv", grouped).int("group", 2).single().what("groups"));
-}
-
-/// Attention and rotary embedding of the default domain.
-fn attention(c: &mut Vec<Case>) {
-    let attend = |args| case("Attention", args).single().opsets(&[23]);
-    let qkv = || vec![by(&[2, 4, 3, 5]), between(&[2, 4, 6, 5], -1.0, 1.2), between(&[2, 4, 6, 2], -1.2, 1.0)];
-    let with = |more: &[Arg]| [qkv(), more.to_vec()].concat();
-    c.push(attend(qkv()).what("rank 4"));
-    c.push(attend(qkv()).float("scale", 0.3).float("softcap", 0.8).what("cap"));
-    c.push(attend(with(&[by(&[3, 6])])).what("float mask"));
-    c.push(attend(with(&[by(&[2, 1, 3, 6])])).int("is_causal", 1).what("float mask, causal"));
-    let mut seen = vec![true; 18];
-    seen[4] = false;
-    seen[8] = false;
-    let seen = Tensor::Bool(ndarray::ArrayD::from_shape_vec(ndarray::IxDyn(&[3, 6]), seen).unwrap());
-    c.push(attend(with(&[Arg::Given(seen)])).what("truth mask"));
-    c.push(attend(with(&[by(&[3, 6])])).float("softcap", 0.8).what("cap, float mask"));
-    let past = || [Arg::Missing, by(&[2, 4, 2, 5]), between(&[2, 4, 2, 2], -1.0, 1.0)];
-    c.push(attend(with(&past())).int("is_causal", 1).outputs(&[true, true, true]).what("past"));
-    let grouped = || vec![by(&[2, 3, 20]), by(&[2, 6, 10]), between(&[2, 6, 4], -1.0, 1.0)];
-    let heads = |case: Case| case.int("q_num_heads", 4).int("kv_num_heads", 2);
-    c.push(heads(attend(grouped())).what("rank 3, shared heads"));
-    for mode in 0..4 {
-        let case = attend(with(&[by(&[3, 6])])).int("qk_matmul_output_mode", mode);
-        c.push(case.outputs(&[true, false, false, true]).what("scores"));
-    }
-
-    let rotary = |args| case("RotaryEmbedding", args).single().opsets(&[23]);
-    let at = || Arg::Given(index(&[2, 3], &[0, 4, 2, 1, 1, 3]));
-    for interleaved in [0, 1] {
-        let tables = || vec![by(&[2, 4, 3, 6]), by(&[5, 3]), between(&[5, 3], -1.0, 1.0), at()];
-        c.push(rotary(tables()).int("interleaved", interleaved).what("positions"));
-        let given = vec![by(&[2, 3, 24]), by(&[2, 3, 2]), between(&[2, 3, 2], -1.0, 1.0)];
-        let form = rotary(given).int("interleaved", interleaved).int("num_heads", 4);
-        c.push(form.int("rotary_embedding_dim", 4).what("rank 3, part of the head"));
-    }
-}
-
-/// Attention, rotary embedding and quantized products of ONNX Runtime.
-fn contrib_attention(c: &mut Vec<Case>) {
-    let ms = |op, args| case(op, args).domain(MS).single().opsets(&[17]);
-    let multi = |args| ms("MultiHeadAttention", args).int("num_heads", 2);
-    let qkv = || vec![by(&[2, 3, 8]), between(&[2, 5, 8], -1.0, 1.2), between(&[2, 5, 8], -1.2, 1.0)];
-    let with = |more: &[Arg]| [qkv(), more.to_vec()].concat();
-    c.push(multi(qkv()));
-    c.push(multi(with(&[by(&[24])])).float("scale", 0.4).what("bias"));
-    let mask = Arg::Given(Tensor::new(&[2, 5], vec![1i32, 1, 1, 1, 1, 1, 1, 1, 0, 0]));
-    c.push(multi(with(&[Arg::Missing, mask])).what("padding"));
-    c.push(multi(with(&[Arg::Missing, Arg::Missing, by(&[1, 2, 3, 5])])).what("scores' bias"));
-
-    let rotary = |args| ms("RotaryEmbedding", args);
-    for interleaved in [0, 1] {
-        let at = Arg::Given(index(&[2, 3], &[0, 4, 2, 1, 1, 3]));
-        let args = vec![by(&[2, 3, 12]), at, by(&[5, 3]), between(&[5, 3], -1.0, 1.0)];
-        c.push(rotary(args).int("interleaved", interleaved).what("rank 3"));
-        let args = vec![by(&[2, 4, 3, 6]), given(&[1]), by(&[5, 3]), between(&[5, 3], -1.0, 1.0)];
-        c.push(rotary(args).int("interleaved", interleaved).what("rank 4, first position"));
-    }
-
-    let ids = |values: [i32; 6]| Arg::Given(Tensor::new(&[2, 3], values.to_vec()));
-    let tables = vec![by(&[7, 4]), between(&[5, 4], -1.0, 1.0), between(&[2, 4], -1.0, 1.2)];
-    let embed =
-        [vec![ids([1, 6, 3, 0, 6, 2]), ids([0, 0, 1, 1, 0, 1])], tables, vec![by(&[4]), between(&[4], 0.0, 1.0)]];
-    c.push(ms("EmbedLayerNormalization", embed.concat()).float("epsilon", 1e-3).outputs(&[true, false]));
-
-    let lengths = |values: &[i32]| Arg::Given(Tensor::new(&[2], values.to_vec()));
-    let total = |n: i32| Arg::Given(Tensor::new(&[1], vec![n]));
-    let group = |args| ms("GroupQueryAttention", args).int("num_heads", 4).int("kv_num_heads", 2);
-    let kept = &[true, false, false];
-    let prompt = |more: Vec<Arg>| {
-        let args = vec![by(&[2, 3, 32]), by(&[2, 3, 16]), between(&[2, 3, 16], -1.0, 1.0), Arg::Missing, Arg::Missing];
-        [args, vec![lengths(&[2, 2]), total(3)], more].concat()
-    };
-    c.push(group(prompt(vec![])).outputs(kept).what("prompt"));
-    // The engine turns heads whose size is a multiple of 16 alone.
-    let table = |seed| Arg::Float(vec![8, 8], Random(seed).values(64, -1.0, 1.0));
-    let wide = || vec![by(&[2, 3, 64]), by(&[2, 3, 32]), between(&[2, 3, 32], -1.0, 1.0)];
-    let rotary = |args: Vec<Arg>, past: [Arg; 2], last: &[i32], all: i32| {
-        let more = vec![lengths(last), total(all), table(3), table(4)];
-        group([args, past.to_vec(), more].concat()).int("do_rotary", 1).outputs(kept)
-    };
-    let none = || [Arg::Missing, Arg::Missing];
-    c.push(rotary(wide(), none(), &[2, 2], 3).what("rotary"));
-    c.push(rotary(wide(), none(), &[2, 2], 3).int("rotary_interleaved", 1).what("interleaved"));
-    let packed = vec![by(&[2, 3, 128]), Arg::Missing, Arg::Missing];
-    c.push(rotary(packed, none(), &[2, 2], 3).what("packed"));
-    c.push(group(prompt(vec![])).int("local_window_size", 2).float("softcap", 0.7).outputs(kept).what("window, cap"));
-
-    let bytes = |dims: &[usize], seed: u64| {
-        let mut random = Random(seed);
-        let n: usize = dims.iter().product();
-        let values = (0..n).map(|_| random.bits() as u8).collect();
-        Arg::Const(Tensor::U8(ndarray::ArrayD::from_shape_vec(ndarray::IxDyn(dims), values).unwrap()))
-    };
-    let product = |bits: i64, k: i64, args| {
-        ms("MatMulNBits", args).int("bits", bits).int("K", k).int("N", 3).int("block_size", 16)
-    };
-    let scales = || Arg::FloatConst(vec![9], Random(9).values(9, 0.1, 0.3));
-    c.push(product(4, 40, vec![by(&[2, 2, 40]), bytes(&[3, 3, 8], 1), scales()]).what("4 bits"));
-    c.push(product(4, 40, vec![by(&[2, 40]), bytes(&[3, 3, 8], 2), scales(), bytes(&[6], 3)]).what("zero points"));
-    c.push(product(8, 48, vec![by(&[2, 48]), bytes(&[3, 3, 16], 4), scales()]).what("8 bits"));
-}
-
-fn contrib(c: &mut Vec<Case>) {
-    let ms = |op, args| case(op, args).domain(MS).single().opsets(&[17]);
-    let x = || between(&[2, 3, 4], -2.5, 2.5);
-    c.push(ms("Gelu", vec![x()]));
-    c.push(ms("QuickGelu", vec![x()]));
-    c.push(ms("QuickGelu", vec![x()]).float("alpha", 1.0).what("SiLU"));
-    c.push(ms("FastGelu", vec![x()]));
-    c.push(ms("FastGelu", vec![x(), by(&[4])]).what("bias"));
-    c.push(ms("BiasGelu", vec![x(), by(&[4])]));
-    for sum in [false, true] {
-        let outputs: &[bool] = if sum { &[true, false, false, true] } else { &[true] };
-        let form = |case: Case| case.float("epsilon", 1e-3).outputs(outputs);
-        let shift = || between(&[4], 0.0, 1.0);
-        c.push(form(ms("SkipLayerNormalization", vec![x(), by(&[2, 3, 4]), by(&[4]), shift(), shift()])));
-        c.push(form(ms("SkipLayerNormalization", vec![x(), by(&[2, 3, 4]), by(&[4])])).what("no shift"));
-        c.push(form(ms("SkipSimplifiedLayerNormalization", vec![x(), by(&[2, 3, 4]), by(&[4]), shift()])));
-        c.push(form(ms("SkipSimplifiedLayerNormalization", vec![x(), by(&[2, 3, 4]), by(&[4])])).what("no bias"));
-    }
-    let _ = AttributeProto::default();
 }

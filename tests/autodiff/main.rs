@@ -3,6 +3,7 @@
 mod cases;
 mod gelu;
 mod harness;
+mod left_out;
 mod loops;
 mod recurrent;
 mod sequences;

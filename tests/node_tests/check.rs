@@ -109,10 +109,14 @@ pub fn check(case: &Case, rules: &Rules) -> Outcome {
         Ok(case) => case,
         Err(message) => return Outcome::new(Kind::EngineCannot, message),
     };
+    let own = match runs(&case) {
+        Ok(values) => values,
+        Err(message) => return Outcome::new(Kind::EngineCannot, message),
+    };
     let mut last = None;
     let forms = [case.in_type(DataType::Double), case.in_type(DataType::Float), Some(case.clone())];
     for form in forms.into_iter().flatten() {
-        if runs(&form).is_err() {
+        if !runs(&form).is_ok_and(|values| alike(&values, &own)) {
             continue;
         }
         match differentiate(&form, rules) {
@@ -137,6 +141,17 @@ fn runnable(case: Case, runs: &dyn Fn(&Case) -> Result<Vec<Tensor>, String>) -> 
         }
     }
     forms.into_iter().find(|form| runs(form).is_ok()).ok_or(message)
+}
+
+/// Whether results in another type are those in the case's own, up to rounding: some kernels for doubles compute
+/// something else (ONNX Runtime 1.31's Attention places queries by an older text of the standard).
+fn alike(values: &[Tensor], own: &[Tensor]) -> bool {
+    values.iter().zip(own).all(|(a, b)| {
+        let b = b.to_f64();
+        let size = b.iter().filter(|v| v.is_finite()).fold(0.0f64, |m, v| m.max(v.abs()));
+        let close = |(a, b): (f64, &f64)| !b.is_finite() || (a - b).abs() <= 5e-2 * size;
+        a.len() == b.len() && a.to_f64().into_iter().zip(&b).all(close)
+    })
 }
 
 /// The outcome of `case` as it stands; an error where the engine has no kernels for its gradient.

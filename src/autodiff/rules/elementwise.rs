@@ -11,44 +11,49 @@ fn unary(rules: &mut Rules, op: &str, adjoint: impl Fn(&Vjp, &str, &str, &str) -
     rules.vjp(op, move |v| v.first(adjoint(v, v.x(0)?, v.y(0)?, v.dy()?)));
 }
 
+/// [`unary`] of an operator whose slope may be infinite.
+fn steep(rules: &mut Rules, op: &str, adjoint: impl Fn(&Vjp, &str, &str, &str) -> String + Send + Sync + 'static) {
+    unary(rules, op, move |v, x, y, dy| v.settled(adjoint(v, x, y, dy)));
+}
+
 pub(super) fn add(rules: &mut Rules) {
     unary(rules, "Abs", |v, x, _, dy| v.mul(dy, v.sign(x)));
-    unary(rules, "Acos", |v, x, _, dy| v.neg(v.div(dy, v.sqrt(v.sub(v.c(1.0), v.mul(x, x))))));
-    unary(rules, "Acosh", |v, x, _, dy| v.div(dy, v.sqrt(v.sub(v.mul(x, x), v.c(1.0)))));
-    unary(rules, "Asin", |v, x, _, dy| v.div(dy, v.sqrt(v.sub(v.c(1.0), v.mul(x, x)))));
+    steep(rules, "Acos", |v, x, _, dy| v.neg(v.div(dy, v.sqrt(v.sub(v.c(1.0), v.mul(x, x))))));
+    steep(rules, "Acosh", |v, x, _, dy| v.div(dy, v.sqrt(v.sub(v.mul(x, x), v.c(1.0)))));
+    steep(rules, "Asin", |v, x, _, dy| v.div(dy, v.sqrt(v.sub(v.c(1.0), v.mul(x, x)))));
     unary(rules, "Asinh", |v, x, _, dy| v.div(dy, v.sqrt(v.add(v.mul(x, x), v.c(1.0)))));
     unary(rules, "Atan", |v, x, _, dy| v.div(dy, v.add(v.mul(x, x), v.c(1.0))));
-    unary(rules, "Atanh", |v, x, _, dy| v.div(dy, v.sub(v.c(1.0), v.mul(x, x))));
+    steep(rules, "Atanh", |v, x, _, dy| v.div(dy, v.sub(v.c(1.0), v.mul(x, x))));
     unary(rules, "Cos", |v, x, _, dy| v.neg(v.mul(dy, v.sin(x))));
-    unary(rules, "Cosh", |v, x, _, dy| v.mul(dy, v.sinh(x)));
+    steep(rules, "Cosh", |v, x, _, dy| v.mul(dy, v.sinh(x)));
     unary(rules, "Erf", |v, x, _, dy| v.mul(dy, v.mul(v.exp(v.neg(v.mul(x, x))), v.c(FRAC_2_SQRT_PI))));
-    unary(rules, "Exp", |v, _, y, dy| v.mul(dy, y));
+    steep(rules, "Exp", |v, _, y, dy| v.mul(dy, y));
     unary(rules, "HardSwish", |v, x, _, dy| {
         let middle = v.add(v.mul(x, v.c(1.0 / 3.0)), v.c(0.5));
         let upper = v.select(v.less(x, v.c(3.0)), middle, v.c(1.0));
         v.mul(dy, v.select(v.greater(x, v.c(-3.0)), upper, v.c(0.0)))
     });
     unary(rules, "Identity", |_, _, _, dy| dy.to_string());
-    unary(rules, "Log", |v, x, _, dy| v.div(dy, x));
+    steep(rules, "Log", |v, x, _, dy| v.div(dy, x));
     unary(rules, "Mish", |v, x, _, dy| {
         let t = v.tanh(v.op("Softplus", &[x], vec![]));
         let slope = v.mul(v.mul(x, v.sigmoid(x)), v.sub(v.c(1.0), v.mul(&t, &t)));
         v.mul(dy, v.add(t, slope))
     });
     unary(rules, "Neg", |v, _, _, dy| v.neg(dy));
-    unary(rules, "Reciprocal", |v, _, y, dy| v.neg(v.mul(dy, v.mul(y, y))));
+    steep(rules, "Reciprocal", |v, _, y, dy| v.neg(v.mul(dy, v.mul(y, y))));
     // Sign(y) is 1 where x > 0 and 0 elsewhere, in one pass and without a mask.
     unary(rules, "Relu", |v, _, y, dy| v.mul(dy, v.sign(y)));
     unary(rules, "Sigmoid", |v, _, y, dy| v.mul(dy, v.mul(y, v.sub(v.c(1.0), y))));
     unary(rules, "Sin", |v, x, _, dy| v.mul(dy, v.cos(x)));
-    unary(rules, "Sinh", |v, x, _, dy| v.mul(dy, v.cosh(x)));
+    steep(rules, "Sinh", |v, x, _, dy| v.mul(dy, v.cosh(x)));
     unary(rules, "Softplus", |v, x, _, dy| v.mul(dy, v.sigmoid(x)));
     unary(rules, "Softsign", |v, x, _, dy| {
         let d = v.add(v.abs(x), v.c(1.0));
         v.div(dy, v.mul(&d, &d))
     });
-    unary(rules, "Sqrt", |v, _, y, dy| v.div(v.mul(dy, v.c(0.5)), y));
-    unary(rules, "Tan", |v, _, y, dy| v.mul(dy, v.add(v.mul(y, y), v.c(1.0))));
+    steep(rules, "Sqrt", |v, _, y, dy| v.div(v.mul(dy, v.c(0.5)), y));
+    steep(rules, "Tan", |v, _, y, dy| v.mul(dy, v.add(v.mul(y, y), v.c(1.0))));
     unary(rules, "Tanh", |v, _, y, dy| v.mul(dy, v.sub(v.c(1.0), v.mul(y, y))));
 
     unary(rules, "Celu", |v, x, _, dy| {
@@ -88,12 +93,12 @@ pub(super) fn add(rules: &mut Rules) {
     });
     rules.vjp("Mul", |v| {
         let (a, b, dy) = (v.x(0)?, v.x(1)?, v.dy()?);
-        Ok(vec![v.to_input(0, || v.mul(dy, b)), v.to_input(1, || v.mul(dy, a))])
+        Ok(vec![v.to_input(0, || times(v, dy, b)), v.to_input(1, || times(v, dy, a))])
     });
     rules.vjp("Div", |v| {
         let (b, y, dy) = (v.x(1)?, v.y(0)?, v.dy()?);
-        let da = || v.div(dy, b);
-        Ok(vec![v.to_input(0, da), v.to_input(1, || v.mul(da(), y)).map(|d| v.neg(d))])
+        let da = || if scalar(v, b) { v.div(dy, b) } else { v.settled(v.div(dy, b)) };
+        Ok(vec![v.to_input(0, da), v.to_input(1, || times(v, &da(), y)).map(|d| v.neg(d))])
     });
     rules.vjp("Pow", pow);
     rules.vjp("PRelu", |v| {
@@ -123,6 +128,17 @@ pub(super) fn add(rules: &mut Rules) {
     rules.vjp("Cast", cast);
     rules.vjp("CastLike", cast);
     rules.vjp("Dropout", dropout);
+}
+
+/// Whether `x` is one number for all elements: a scale, which is no place to look for infinities.
+fn scalar(v: &Vjp, x: &str) -> bool {
+    v.shapes.rank(x) == Some(0) || v.constant(x).is_some()
+}
+
+/// dy·x, where x may be infinite where it is left out.
+fn times(v: &Vjp, dy: &str, x: &str) -> String {
+    let product = v.mul(dy, x);
+    if scalar(v, x) { product } else { v.settled(product) }
 }
 
 fn attr(v: &Vjp, name: &str, default: f32) -> f64 {
@@ -178,8 +194,8 @@ fn pow(v: &Vjp) -> Result<Adjoints> {
         let log = v.log(v.select(&positive, a, v.c(1.0)));
         v.mul(v.mul(dy, v.select(positive, y, v.c(0.0))), log)
     };
-    let db = v.to_input(1, db).map(|d| if same_type { d } else { v.cast_like(d, b) });
-    Ok(vec![v.to_input(0, da), db])
+    let db = v.to_input(1, || v.settled(db())).map(|d| if same_type { d } else { v.cast_like(d, b) });
+    Ok(vec![v.to_input(0, || v.settled(da())), db])
 }
 
 /// Max and Min of any number of operands; where several are the extremum, they share the adjoint equally.

@@ -11,7 +11,9 @@ use crate::onnx::{AttributeProto, NodeProto};
 pub(super) fn add(rules: &mut Rules) {
     rules.vjp("MatMul", matmul);
     rules.vjp("Gemm", gemm);
-    rules.insert(MICROSOFT, "FusedMatMul", Rule::vjp(fused_matmul));
+    for op in ["FusedMatMul", "TransposeMatMul"] {
+        rules.insert(MICROSOFT, op, Rule::vjp(fused_matmul));
+    }
 }
 
 fn matmul(v: &Vjp) -> Result<Adjoints> {
@@ -118,15 +120,14 @@ fn gemm(v: &Vjp) -> Result<Adjoints> {
     Ok(vec![da, db, dc])
 }
 
-/// Y = α·op(A)·op(B) over batches (ContribOperators.md); transBatchA/B move the batch and are refused.
+/// Y = α·op(A)·op(B) over batches (ContribOperators.md).
 fn fused_matmul(v: &Vjp) -> Result<Adjoints> {
     let (a, b, dy) = (v.x(0)?, v.x(1)?, v.dy()?);
-    if v.node.attr_i("transBatchA", 0) != 0 || v.node.attr_i("transBatchB", 0) != 0 {
-        return Err(v.error("transBatchA and transBatchB are not supported"));
-    }
     let (ra, rb) = (v.rank(a)?, v.rank(b)?);
-    if ra < 2 || rb < 2 {
-        return Err(v.error("vector operands are not supported"));
+    let moved = |name: &str, rank: usize| v.node.attr_i(name, 0) != 0 && rank > 2;
+    let moves = (moved("transBatchA", ra), moved("transBatchB", rb));
+    if ra < 2 || rb < 2 || moves.0 || moves.1 {
+        return v.through(|v| plain_matmul(v, (a, ra, moves.0), (b, rb, moves.1)));
     }
     let (ta, tb) = (v.node.attr_i("transA", 0) != 0, v.node.attr_i("transB", 0) != 0);
     let alpha = v.node.attr_f("alpha", 1.0);
@@ -154,4 +155,21 @@ fn fused_matmul(v: &Vjp) -> Result<Adjoints> {
         v.unbroadcast(db, unsummed(b).as_deref(), b)
     });
     Ok(vec![da, db])
+}
+
+/// The same in plain operators, for operands with a rank each, and whether their first axis is that of the rows, before
+/// those of the batch.
+fn plain_matmul(v: &Vjp, a: (&str, usize, bool), b: (&str, usize, bool)) -> Result<Vec<Option<String>>> {
+    let operand = |(x, rank, moves): (&str, usize, bool), transposed: &str| {
+        let mut perm: Vec<i64> = (0..rank as i64).collect();
+        if moves {
+            perm[..rank - 1].rotate_left(1);
+        }
+        if v.node.attr_i(transposed, 0) != 0 && rank >= 2 {
+            perm.swap(rank - 1, rank - 2);
+        }
+        v.transpose(x, &perm)
+    };
+    let product = v.matmul(operand(a, "transA"), operand(b, "transB"));
+    Ok(vec![Some(v.mul(product, v.c(f64::from(v.node.attr_f("alpha", 1.0)))))])
 }

@@ -6,12 +6,15 @@
 
 mod attention;
 mod contrib;
+mod contrib_attention;
 mod control;
 mod conv;
 mod deform;
 mod einsum;
 mod elementwise;
 mod fourier;
+mod fused;
+mod group_query;
 mod gru;
 mod index;
 mod layout;
@@ -108,6 +111,9 @@ impl Rules {
         loops::add(&mut rules);
         zero::add(&mut rules);
         attention::add(&mut rules);
+        contrib_attention::add(&mut rules);
+        group_query::add(&mut rules);
+        fused::add(&mut rules);
         rotary::add(&mut rules);
         quantized::add(&mut rules);
         sample::add(&mut rules);

@@ -45,17 +45,17 @@ fn matmul_n_bits(v: &Vjp) -> Result<String> {
     let (a, b, scales) = (v.x(0)?, v.x(1)?, v.x(2)?);
     let bits = v.node.attr_i("bits", 4);
     let (width, rows, block) = (v.node.attr_i("K", 0), v.node.attr_i("N", 0), v.node.attr_i("block_size", 0));
-    if !matches!(bits, 4 | 8) || width <= 0 || rows <= 0 || block <= 0 {
-        return Err(v.error("only weights of 4 or 8 bits are supported"));
+    if !matches!(bits, 2 | 4 | 8) || width <= 0 || rows <= 0 || block <= 0 {
+        return Err(v.error("only weights of 2, 4 or 8 bits are supported"));
     }
-    if v.node.input_at(4).is_some() {
-        return Err(v.error("g_idx is not supported"));
+    if v.node.input_at(4).is_some() || v.node.attr_i("weight_prepacked", 0) != 0 {
+        return Err(v.error("g_idx and weight_prepacked are not supported; quantize the model without them"));
     }
     let element = v.shapes.element(a).unwrap_or(DataType::Float);
     let blocks = (width - 1) / block + 1;
     let values = v.cast(unpacked(v, b, bits, &[rows, blocks, block]), element);
     let zero = match v.node.input_at(3) {
-        None => v.c(if bits == 4 { 8.0 } else { 128.0 }),
+        None => v.c(f64::from(1 << (bits - 1))),
         Some(zero) if v.shapes.element(zero) == Some(DataType::Uint8) => {
             // Each row of zero points fills whole bytes.
             let zeros = unpacked(v, zero, bits, &[rows, -1]);
@@ -77,13 +77,17 @@ fn slice(v: &Vjp, x: &str, axis: i64, n: i64) -> String {
     v.op("Slice", &[x, &v.ints(&[0]), &v.ints(&[n]), &v.ints(&[axis])], vec![])
 }
 
-/// Bytes, or both halves of each, the lower one first, in `spec`.
+/// The numbers of `bits` bits in bytes, the lowest first, in `spec`.
 fn unpacked(v: &Vjp, bytes: &str, bits: i64, spec: &[i64]) -> String {
     if bits == 8 {
         return v.respec(bytes, spec);
     }
-    let four = v.cast(v.int(4), DataType::Uint8);
-    let shift = |x: &str, to: &str| v.op("BitShift", &[x, &four], vec![AttributeProto::string("direction", to)]);
-    let halves = [shift(&shift(bytes, "LEFT"), "RIGHT"), shift(bytes, "RIGHT")];
-    v.respec(&v.concat(&halves.map(|half| v.unsqueeze(half, v.ints(&[-1]))), -1), spec)
+    let shift = |x: &str, to: &str, by: i64| {
+        let by = v.cast(v.int(by), DataType::Uint8);
+        v.op("BitShift", &[x, &by], vec![AttributeProto::string("direction", to)])
+    };
+    let number = |from: i64| shift(&shift(bytes, "LEFT", 8 - bits - from), "RIGHT", 8 - bits);
+    let numbers: Vec<String> =
+        (0..8).step_by(bits as usize).map(|from| v.unsqueeze(number(from), v.ints(&[-1]))).collect();
+    v.respec(&v.concat(&numbers, -1), spec)
 }

@@ -6,15 +6,15 @@ use crate::Result;
 pub(super) fn add(rules: &mut Rules) {
     // y·(dy - Σ y·dy)
     rules.vjp("Softmax", |v| {
-        let (y, dy) = (v.y(0)?, v.dy()?);
-        let p = v.mul(y, dy);
+        let (y, dy) = (v.settled(v.y(0)?.into()), v.dy()?);
+        let p = v.mul(&y, dy);
         let sum = v.reduce_sum(&p, axis(v)?, true);
         v.first(v.sub(p, v.mul(y, sum)))
     });
     // dy - exp(y)·Σ dy
     rules.vjp("LogSoftmax", |v| {
         let (y, dy) = (v.y(0)?, v.dy()?);
-        v.first(v.sub(dy, v.mul(v.exp(y), v.reduce_sum(dy, axis(v)?, true))))
+        v.first(v.sub(dy, v.mul(v.settled(v.exp(y)), v.reduce_sum(dy, axis(v)?, true))))
     });
 }
 

@@ -82,6 +82,10 @@ const SEQUENCE: &str = "handles a sequence whose length or places only a run can
 const NEWER: &str = "came with an operator set that no engine here runs; export the model for operator set 26";
 const MAPS: &str = "takes or gives maps, which have no adjoint; export the model with tensors alone";
 
+/// Domain of what ONNX Runtime's optimizer writes at its highest level.
+const NCHWC: &str = "com.microsoft.nchwc";
+const BLOCKED: &str = "lies in the memory layout of one processor; save the optimized model at the level \"extended\"";
+
 const PACKED: &str = "takes sequences without their padding; export the model without this fusion";
 
 const REFUSED: &[(&str, &str, &str)] = &[
@@ -106,18 +110,38 @@ const REFUSED: &[(&str, &str, &str)] = &[
     (ML, "DictVectorizer", MAPS),
     (ML, "SVMClassifier", "counts votes between pairs of classes, which are steps; export its decision function"),
     (ML, "ZipMap", MAPS),
-    (MICROSOFT, "Attention", "is not written yet; export the model without this fusion"),
     (MICROSOFT, "ConvTransposeWithDynamicPads", "has pads that depend on its inputs"),
+    (MICROSOFT, "DecoderMaskedMultiHeadAttention", "decodes one token at a time; export the model for whole sequences"),
     (MICROSOFT, "DynamicQuantizeLSTM", ROUNDS),
     (MICROSOFT, "DynamicQuantizeMatMul", ROUNDS),
     (MICROSOFT, "MatMulIntegerToFloat", ROUNDS),
+    (MICROSOFT, "MoE", "is not written yet; export the model without this fusion"),
     (MICROSOFT, "PackedAttention", PACKED),
     (MICROSOFT, "PackedMultiHeadAttention", PACKED),
     (MICROSOFT, "QAttention", ROUNDS),
+    (MICROSOFT, "QEmbedLayerNormalization", ROUNDS),
     (MICROSOFT, "QGemm", ROUNDS),
     (MICROSOFT, "QLinearAdd", ROUNDS),
+    (MICROSOFT, "QLinearAveragePool", ROUNDS),
+    (MICROSOFT, "QLinearConcat", ROUNDS),
+    (MICROSOFT, "QLinearConv", ROUNDS),
+    (MICROSOFT, "QLinearGlobalAveragePool", ROUNDS),
+    (MICROSOFT, "QLinearLeakyRelu", ROUNDS),
     (MICROSOFT, "QLinearMul", ROUNDS),
+    (MICROSOFT, "QLinearSigmoid", ROUNDS),
+    (MICROSOFT, "QLinearSoftmax", ROUNDS),
+    (MICROSOFT, "QLinearWhere", ROUNDS),
+    (MICROSOFT, "QMoE", ROUNDS),
     (MICROSOFT, "QuantizeLinear", ROUNDS),
+    (MICROSOFT, "SparseAttention", "is not written yet; export the model without this fusion"),
+    (NCHWC, "AveragePool", BLOCKED),
+    (NCHWC, "Conv", BLOCKED),
+    (NCHWC, "GlobalAveragePool", BLOCKED),
+    (NCHWC, "GlobalMaxPool", BLOCKED),
+    (NCHWC, "MaxPool", BLOCKED),
+    (NCHWC, "ReorderInput", BLOCKED),
+    (NCHWC, "ReorderOutput", BLOCKED),
+    (NCHWC, "Upsample", BLOCKED),
 ];
 
 pub(super) fn add(rules: &mut Rules) {
