@@ -1,12 +1,14 @@
 //! Gradients against central finite differences: every rule, then whole models.
 
 mod cases;
+mod dropout;
 mod gelu;
 mod harness;
 mod left_out;
 mod loops;
 mod recurrent;
 mod sequences;
+mod subgradients;
 mod table;
 mod whole;
 
