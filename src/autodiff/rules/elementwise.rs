@@ -227,7 +227,7 @@ fn clip(v: &Vjp) -> Result<Adjoints> {
     v.first(v.mul(dy, v.mask(inside)))
 }
 
-fn cast(v: &Vjp) -> Result<Adjoints> {
+pub(super) fn cast(v: &Vjp) -> Result<Adjoints> {
     let x = v.x(0)?;
     v.first(match v.shapes.element(x) {
         Some(element) if v.shapes.element(v.y(0)?) == Some(element) => v.dy()?.to_string(),
