@@ -257,8 +257,10 @@ fn parameter_paths_tell_weights_apart_and_are_plain() {
 
 #[test]
 fn int8_weights_written_as_plain_operators_are_reported() {
+    let mut cast = node("Cast", &["q"], &["f"]);
+    cast.attribute = vec![AttributeProto::int("to", DataType::Float as i64)];
     let mut quantized = graph(vec![
-        node("Cast", &["q"], &["f"]),
+        cast,
         node("Mul", &["scale", "f"], &["d"]),
         node("MatMul", &["x", "d"], &["y"]),
         node("Add", &["y", "bias"], &["z"]),
