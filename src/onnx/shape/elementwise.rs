@@ -101,8 +101,14 @@ fn same_value(op: &mut Op) -> Option<()> {
     let value = match kind {
         "Neg" => value.mapv(|d| symbols.sub(Dim::Known(0), d)),
         "Not" => value.mapv(|d| symbols.sub(Dim::Known(1), d)),
-        "Abs" => value.iter().all(|d| symbols.at_most(Dim::Known(0), *d)).then_some(value)?,
-        "Sign" => value.iter().all(|d| symbols.at_most(Dim::Known(1), *d)).then(|| value.mapv(|_| Dim::Known(1)))?,
+        "Abs" => each(&value, |d| match d {
+            Dim::Known(n) => Some(Dim::Known(n.checked_abs()?)),
+            d => symbols.at_most(Dim::Known(0), d).then_some(d),
+        })?,
+        "Sign" => each(&value, |d| match d {
+            Dim::Known(n) => Some(Dim::Known(n.signum())),
+            d => symbols.at_most(Dim::Known(1), d).then_some(Dim::Known(1)),
+        })?,
         // A whole number is its own ceiling, floor and nearest.
         _ => value,
     };
@@ -113,6 +119,12 @@ fn same_value(op: &mut Op) -> Option<()> {
     }
     op.set_value(0, value);
     Some(())
+}
+
+/// `f` of every element, where it has one.
+fn each(value: &Value, f: impl FnMut(Dim) -> Option<Dim>) -> Option<Value> {
+    let found = value.iter().copied().map(f).collect::<Option<Vec<_>>>()?;
+    Value::from_shape_vec(value.raw_dim(), found).ok()
 }
 
 fn boolean(op: &mut Op) -> Option<()> {
