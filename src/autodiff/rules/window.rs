@@ -133,11 +133,28 @@ impl<'v, 'a> Window<'v, 'a> {
         v.pad(&full, &self.widths(&back(&self.before), &back(&self.after)))
     }
 
+    /// `x`, or one image of zeros where its batch may be empty and is: ONNX Runtime's Conv never returns from an input
+    /// without channels, which is what the batch becomes.
+    fn no_empty_batch(&self, x: &str) -> String {
+        let v = self.v;
+        let batch = v.dim_of(x, 0);
+        if v.constant_value(&batch).is_some_and(|n| n > 0) {
+            return x.to_string();
+        }
+        let one = v.ints(&[1]);
+        let missing = v.minus(&one, &v.dim_op("Min", &batch, &one, i64::min));
+        let rank = self.before.len() + 2;
+        let mut widths = vec![v.ints(&[0]); 2 * rank];
+        widths[rank] = missing;
+        v.pad(x, &widths)
+    }
+
     /// The adjoint of w in `small` = convolve(`big`, w): a convolution over the batch with strides and dilations
     /// exchanged. Groups stay groups: their channels go to the batch, and the batch to their channels.
     pub fn weight(&self, big: &str, small: &str, group: i64) -> String {
         let v = self.v;
         let rank = self.before.len() + 2;
+        let (big, small) = (&self.no_empty_batch(big), &self.no_empty_batch(small));
         let mut turn: Vec<i64> = (0..rank as i64).collect();
         turn.swap(0, 1);
         let turned = match group {
