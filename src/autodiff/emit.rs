@@ -3,7 +3,7 @@
 //! Methods take `&self` so that a rule reads like its formula: `v.mul(dy, v.neg(v.sin(x)))`.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use half::{bf16, f16};
 use prost::Message;
@@ -39,6 +39,47 @@ struct State {
     replaced: BTreeMap<String, NodeProto>,
 }
 
+/// What tells a node with `outputs` outputs from others: not its names.
+fn key(node: &NodeProto, outputs: usize) -> Vec<u8> {
+    let mut key = node.encode_to_vec();
+    key.extend(outputs.to_le_bytes());
+    key
+}
+
+/// The nodes of the main graph that may be used again: with one output, the same for the same inputs, and with inputs
+/// that no subgraph hides by its own.
+fn known_of(graph: &GraphProto) -> HashMap<Vec<u8>, Vec<String>> {
+    fn inner<'a>(nodes: &'a [NodeProto], names: &mut HashSet<&'a str>) {
+        for graph in nodes.iter().flat_map(|n| &n.attribute).flat_map(|a| a.g.iter().chain(&a.graphs)) {
+            names.extend(graph.input.iter().map(|v| v.name()));
+            names.extend(graph.initializer.iter().map(|t| t.name()));
+            names.extend(graph.node.iter().flat_map(|n| n.output.iter().map(String::as_str)));
+            inner(&graph.node, names);
+        }
+    }
+    let mut hidden = HashSet::new();
+    inner(&graph.node, &mut hidden);
+    let mut known = HashMap::new();
+    for node in &graph.node {
+        let [output] = &node.output[..] else { continue };
+        let random = node.op_type().starts_with("Random") || matches!(node.op_type(), "Bernoulli" | "Multinomial");
+        let subgraphs = node.attribute.iter().any(|a| a.g.is_some() || !a.graphs.is_empty());
+        let hides = |name: &String| hidden.contains(name.as_str());
+        if random || subgraphs || node.input.is_empty() || node.input.iter().chain([output]).any(hides) {
+            continue;
+        }
+        let bare = NodeProto {
+            op_type: node.op_type.clone(),
+            domain: node.domain.clone().filter(|domain| !matches!(domain.as_str(), "" | "ai.onnx")),
+            input: node.input.clone(),
+            attribute: node.attribute.clone(),
+            ..Default::default()
+        };
+        known.entry(key(&bare, 1)).or_insert_with(|| vec![output.clone()]);
+    }
+    known
+}
+
 impl Emitter {
     pub(super) fn new(model: &ModelProto) -> Self {
         let mut forward_transposed = HashMap::new();
@@ -47,7 +88,8 @@ impl Emitter {
                 forward_transposed.insert(y.to_string(), (x.to_string(), perm.to_vec()));
             }
         }
-        let state = State { names: Names::of(model), forward_transposed, ..State::default() };
+        let known = model.graph.as_ref().map(known_of).unwrap_or_default();
+        let state = State { names: Names::of(model), known, forward_transposed, ..State::default() };
         Self { opset: model.opset(), state: RefCell::new(state) }
     }
 
@@ -150,7 +192,7 @@ impl Emitter {
         }
     }
 
-    /// A node of `domain` with `outputs` outputs; an equal one emitted before is used again.
+    /// A node of `domain` with `outputs` outputs; an equal one of the model's or emitted before is used again.
     pub fn node(
         &self,
         domain: &str,
@@ -166,8 +208,7 @@ impl Emitter {
             attribute: attributes,
             ..Default::default()
         };
-        let mut key = node.encode_to_vec();
-        key.extend(outputs.to_le_bytes());
+        let key = key(&node, outputs);
         let mut state = self.state.borrow_mut();
         if let Some(outputs) = state.known.get(&key) {
             return outputs.clone();
