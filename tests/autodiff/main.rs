@@ -1,15 +1,18 @@
-//! Gradients against central finite differences: every rule, then whole models.
+//! Gradients against central finite differences (every rule, whole models, second derivatives) and against PyTorch.
 
 mod cases;
-mod dropout;
 mod gelu;
 mod harness;
 mod left_out;
 mod loops;
+mod peer;
+mod quality;
 mod recurrent;
+mod registry;
+mod second;
 mod sequences;
-mod subgradients;
 mod table;
+mod torch;
 mod whole;
 
 #[test]

@@ -61,13 +61,21 @@ fn t5_inputs(model: &ModelProto, use_cache: bool) -> BTreeMap<String, Tensor> {
     feeds
 }
 
-/// The model in double precision: differences of a deep f32 model drown in rounding.
-fn widen(model: &mut ModelProto) {
+/// What ONNX Runtime computes in single precision only.
+const SINGLE: &[&str] =
+    &["AveragePool", "Conv", "ConvTranspose", "GRU", "GlobalAveragePool", "GlobalMaxPool", "HardSigmoid", "LSTM"];
+
+/// The model in double precision: differences of a deep f32 model drown in rounding. What has no kernel in double
+/// precision stays in single precision between casts.
+pub fn widen(model: &mut ModelProto) {
     fn tensor(t: &mut TensorProto) {
         if t.data_type() == DataType::Float as i32 {
             let wide = Tensor::from_proto(t).unwrap();
             *t = Tensor::new(wide.dims(), wide.to_f64()).to_proto(t.name());
         }
+    }
+    fn cast(from: &str, to: &str, element: DataType) -> NodeProto {
+        NodeProto { attribute: vec![AttributeProto::int("to", element as i64)], ..node("Cast", &[from], &[to]) }
     }
     fn graph(g: &mut GraphProto) {
         g.initializer.iter_mut().for_each(tensor);
@@ -79,37 +87,37 @@ fn widen(model: &mut ModelProto) {
                 t.elem_type = Some(DataType::Double as i32);
             }
         }
-        // Convolutions stay in single precision between casts.
-        let nodes = std::mem::take(&mut g.node);
-        for mut conv in nodes {
-            if conv.is("Conv") {
-                for input in &mut conv.input {
-                    let narrow = format!("{input}.narrow");
-                    let to = AttributeProto::int("to", DataType::Float as i64);
-                    g.node.push(NodeProto { attribute: vec![to], ..node("Cast", &[input], &[&narrow]) });
+        for mut inner in std::mem::take(&mut g.node) {
+            if SINGLE.iter().any(|op| inner.is(op)) {
+                let (mut before, mut after) = (Vec::new(), Vec::new());
+                let stem = inner.output.iter().find(|y| !y.is_empty()).cloned().unwrap_or_default();
+                // The fifth input of the recurrent ones holds lengths.
+                for (i, input) in inner.input.iter_mut().enumerate().filter(|(i, x)| *i != 4 && !x.is_empty()) {
+                    let narrow = format!("{stem}.{i}.narrow");
+                    before.push(cast(input, &narrow, DataType::Float));
                     *input = narrow;
                 }
-                let wide = std::mem::replace(&mut conv.output[0], "narrow".into());
-                g.node.push(conv);
-                let to = AttributeProto::int("to", DataType::Double as i64);
-                g.node.push(NodeProto { attribute: vec![to], ..node("Cast", &["narrow"], &[&wide]) });
-            } else {
-                g.node.push(conv);
+                for output in inner.output.iter_mut().filter(|y| !y.is_empty()) {
+                    let narrow = format!("{output}.narrow");
+                    after.push(cast(&narrow, output, DataType::Double));
+                    *output = narrow;
+                }
+                g.node.extend(before.into_iter().chain([inner]).chain(after));
+                continue;
             }
-        }
-        for node in g.node.iter_mut().filter(|n| !n.output.iter().chain(&n.input).any(|v| v.ends_with("narrow"))) {
-            let cast = node.is("Cast");
             // ONNX Runtime has no Erf in double precision; in its place any function that bends as much will do.
-            if node.is("Erf") {
-                node.op_type = Some("Tanh".into());
+            if inner.is("Erf") {
+                inner.op_type = Some("Tanh".into());
             }
-            for attribute in &mut node.attribute {
+            let is_cast = inner.is("Cast");
+            for attribute in &mut inner.attribute {
                 attribute.t.iter_mut().for_each(tensor);
                 attribute.g.iter_mut().for_each(graph);
-                if cast && attribute.name() == "to" && attribute.i == Some(DataType::Float as i64) {
+                if is_cast && attribute.name() == "to" && attribute.i == Some(DataType::Float as i64) {
                     attribute.i = Some(DataType::Double as i64);
                 }
             }
+            g.node.push(inner);
         }
     }
     graph(model.graph.as_mut().unwrap());
@@ -132,8 +140,12 @@ fn check(file: &str, feeds: impl Fn(&ModelProto) -> BTreeMap<String, Tensor>, of
     };
     let graph = model.graph.as_mut().unwrap();
     let mut wrt = Vec::new();
-    let narrowed: Vec<String> =
-        graph.node.iter().filter(|n| n.output[0].ends_with(".narrow")).flat_map(|n| n.input.clone()).collect();
+    let narrowed: Vec<String> = graph
+        .node
+        .iter()
+        .filter(|n| n.output[0].ends_with(".narrow") && n.is("Cast"))
+        .flat_map(|n| n.input.clone())
+        .collect();
     for tensor in graph.initializer.iter().filter(|t| !narrowed.iter().any(|n| n == t.name())) {
         if tensor.data_type() == element as i32 && !tensor.dims.is_empty() {
             let dims: Vec<String> = tensor.dims.iter().map(i64::to_string).collect();

@@ -7,5 +7,4 @@ mod heads;
 mod layers;
 mod models;
 mod properties;
-mod quantized;
 mod random_models;

@@ -4,5 +4,4 @@ mod bad_input;
 mod common;
 mod goldens;
 mod models;
-mod quantized;
 mod runs;
