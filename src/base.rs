@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use crate::adapter::Injection;
+use crate::adapter::{Folded, Injection};
 use crate::onnx::{GraphProto, Model, ModelProto, Scope};
 use crate::select::{self, Linear};
 use crate::{Error, Result};
@@ -12,7 +12,8 @@ use crate::{Error, Result};
 /// file's. A head stays in it: it is a part of the model that no adapter stands on.
 pub struct Base<'a> {
     pub proto: Cow<'a, ModelProto>,
-    head: HashSet<String>,
+    /// Nodes that are no layers of the model: those of a head, and of adapters that a fold left beside theirs.
+    aside: HashSet<String>,
     /// What is known of each graph by its scope; empty for a plain model, which is its own base.
     graphs: BTreeMap<Scope, Origin>,
 }
@@ -40,7 +41,8 @@ impl<'a> Base<'a> {
     pub fn of(model: &'a Model, record: Option<&Injection>) -> Result<Self> {
         let mut graphs = BTreeMap::new();
         let Some(record) = record else {
-            return Ok(Self { proto: Cow::Borrowed(&model.proto), head: HashSet::new(), graphs });
+            let aside = Folded::read(model).nodes.into_iter().collect();
+            return Ok(Self { proto: Cow::Borrowed(&model.proto), aside, graphs });
         };
         let added = Added::by(record);
         let mut proto = model.proto.clone();
@@ -51,14 +53,15 @@ impl<'a> Base<'a> {
         if found.len() < added.nodes.len() + added.outputs.len() + added.inputs.len() + added.initializers.len() {
             return Err(changed(model));
         }
-        let head = record.head.iter().flat_map(|h| &h.nodes).cloned().collect();
-        Ok(Self { proto: Cow::Owned(proto), head, graphs })
+        let mut aside: HashSet<String> = Folded::read(model).nodes.into_iter().collect();
+        aside.extend(record.head.iter().flat_map(|h| &h.nodes).cloned());
+        Ok(Self { proto: Cow::Owned(proto), aside, graphs })
     }
 
     /// A base that is at hand already, of a model with the record `record`.
     pub(crate) fn within(proto: &'a ModelProto, record: &Injection) -> Self {
-        let head = record.head.iter().flat_map(|h| &h.nodes).cloned().collect();
-        Self { proto: Cow::Borrowed(proto), head, graphs: BTreeMap::new() }
+        let aside = record.head.iter().flat_map(|h| &h.nodes).cloned().collect();
+        Self { proto: Cow::Borrowed(proto), aside, graphs: BTreeMap::new() }
     }
 
     /// The main graph.
@@ -75,10 +78,10 @@ impl<'a> Base<'a> {
             .ok_or_else(|| Error::model("a subgraph is gone"))
     }
 
-    /// The base's linear layers (a head is none of them).
+    /// The base's linear layers (a head is none of them, nor are the nodes of folded adapters).
     pub fn linears(&self) -> Vec<Linear> {
         let mut linears = select::linears_of(self.graph());
-        linears.retain(|l| !self.head.contains(&l.node_name));
+        linears.retain(|l| !self.aside.contains(&l.node_name));
         linears
     }
 

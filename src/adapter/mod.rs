@@ -4,6 +4,7 @@
 mod bat;
 mod bone;
 mod config;
+mod folded;
 mod mini;
 mod record;
 pub mod tile;
@@ -12,6 +13,7 @@ mod variant;
 mod writer;
 
 pub use config::{Bias, BoneConfig, InitWeights, PeftType, TargetModules, TaskType};
+pub use folded::{FOLDED_KEY, Folded};
 pub use record::{
     AdapterRecord, HeadRecord, Injection, MAX_SIZE, METADATA_KEY, Pool, Renamed, SavedRecord, TargetRecord, Trainable,
     Written,

@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayView2};
 
 use super::variant::{Dims, Layout, Merge};
 use super::writer::Writer;
-use crate::onnx::AttributeProto;
+use crate::onnx::{AttributeProto, DataType};
 
 /// The constant that turns S into a product: `[in, r]`, row i has its one in column `i mod r`. One serves all layers of
 /// the same input width, any rank of x, any remainder of `in / r`, and r > in.
@@ -13,9 +13,12 @@ pub fn selection(inputs: usize, r: usize) -> Array2<f32> {
     Array2::from_shape_fn((inputs, r), |(i, j)| if i % r == j { 1.0 } else { 0.0 })
 }
 
-/// The nodes of `S(x)·D` for x `[…, in]`; returns its name.
-pub fn write_branch(dims: &Dims, x: &str, block: &str, writer: &mut Writer) -> String {
-    let selection = writer.selection(dims.inputs, dims.r);
+/// The nodes of `S(x)·D` for x `[…, in]`, x and D being of type `element`, float64, or float32; returns its name.
+pub fn write_branch(dims: &Dims, x: &str, block: &str, element: DataType, writer: &mut Writer) -> String {
+    let mut selection = writer.selection(dims.inputs, dims.r);
+    if element == DataType::Double {
+        selection = writer.cast(&selection, "select", DataType::Double);
+    }
     let shards = writer.op("MatMul", "shards", &[x, &selection], Vec::new());
     writer.op("MatMul", "delta", &[&shards, block], Vec::new())
 }

@@ -84,8 +84,15 @@ pub(super) fn add_constants(constants: &mut Constants, graph: &GraphProto, open:
 }
 
 /// Whether `value` can carry a gradient as far as its element type is known.
-fn differentiable(shapes: &Shapes, value: &str) -> bool {
-    shapes.element(value).is_none_or(is_float)
+fn differentiable(scope: Scope, value: &str) -> bool {
+    scope.shapes.element(value).is_none_or(|element| scope.rules.carries(element))
+}
+
+/// The outputs of a node with a rule that move with its inputs: the scale and zero point of a dynamic quantiser, where
+/// it is passed straight through, count as constants.
+fn moving(node: &NodeProto) -> &[String] {
+    let all = node.output.len();
+    &node.output[..if node.is("DynamicQuantizeLinear") { all.min(1) } else { all }]
 }
 
 /// Casts to anything but floating point end the way, whatever is known of shapes.
@@ -111,7 +118,8 @@ impl Path {
             }
             // What is refused counts as active whatever it gives: a way that it cuts must not pass for a zero.
             let open = !matches!(scope.rules.get(node), Some(Rule::Vjp(_)));
-            let outputs = node.output.iter().filter(|y| !y.is_empty() && (open || differentiable(scope.shapes, y)));
+            let outputs = if open { &node.output } else { moving(node) };
+            let outputs = outputs.iter().filter(|y| !y.is_empty() && (open || differentiable(scope, y)));
             path.active.extend(outputs.cloned());
             path.nodes.push((i, inputs));
         }
@@ -245,7 +253,7 @@ fn obstacles(scope: Scope, node: &NodeProto, active: &[String]) -> Result<BTreeM
 /// the body inputs that stand for them, and the states that depend on them after some step.
 pub(super) fn active_inside(scope: Scope, node: &NodeProto, graph: &GraphProto, active: &[String]) -> Vec<String> {
     let mut inside: Vec<String> = captures(graph).into_iter().filter(|name| active.contains(name)).collect();
-    let differentiable = |name: &str| differentiable(scope.shapes, name);
+    let differentiable = |name: &str| differentiable(scope, name);
     for (x, inner) in node.input.iter().zip(&graph.input) {
         if active.contains(x) && differentiable(inner.name()) {
             inside.push(inner.name().to_string());

@@ -186,6 +186,8 @@ impl<'a> Vjp<'a> {
     /// `x`, broadcast to the shape of `value`.
     pub fn expand_like(&self, x: impl AsRef<str>, value: &str) -> String {
         match self.dims(value) {
+            // ONNX Runtime's optimizer takes an Expand to a size of 0 for one that changes nothing.
+            Some(dims) if dims.contains(&Dim::Known(0)) => self.zeros_like(value),
             Some(dims) if dims.iter().all(|d| *d == Dim::Known(1)) => self.reshape(x, self.shape_of(value)),
             _ => self.expand(x, self.shape_of(value)),
         }
@@ -203,14 +205,14 @@ impl<'a> Vjp<'a> {
         }
     }
 
-    /// Number of elements of `x` for each element of `y`, as a scalar in the node's element type.
+    /// Number of elements of `x` for each element of `y`, as a scalar in the node's element type; any number where y is
+    /// empty, for then nothing is counted.
     pub fn ratio(&self, x: &str, y: impl AsRef<str>, static_ratio: Option<i64>) -> String {
         match static_ratio {
             Some(n) => self.c(n as f64),
             None => {
-                // Where both are empty, the ratio is of no matter, but ONNX Runtime does not divide integers by zero.
-                let size = self.op("Max", &[&self.size(y), &self.int(1)], vec![]);
-                let n = self.op("Div", &[&self.size(x), &size], vec![]);
+                let some = self.op("Max", &[&self.size(y), &self.int(1)], vec![]);
+                let n = self.op("Div", &[&self.size(x), &some], vec![]);
                 match self.element() {
                     Some(element) => self.cast(n, element),
                     None => self.cast_like(n, x),

@@ -40,6 +40,9 @@ struct Layer {
     in_features: usize,
     out_features: usize,
     dtype: &'static str,
+    /// How the weight is quantised, where it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quantized: Option<String>,
     /// Which rule found the module path.
     named_by: NameRule,
     /// Why the layer cannot be adapted, where it cannot.
@@ -71,6 +74,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
                 in_features: l.in_features,
                 out_features: l.out_features,
                 dtype: data_type_name(l.data_type),
+                quantized: l.quantized.as_ref().map(|q| q.describe()),
                 named_by: l.rule,
                 not_adaptable: l.adaptable.err(),
             })
@@ -140,7 +144,7 @@ fn print(report: &Report, p: &Printer) {
             l.module.clone().unwrap_or_else(|| "-".into()),
             l.op.clone(),
             format!("{} → {}", l.in_features, l.out_features),
-            l.dtype.into(),
+            l.quantized.clone().unwrap_or_else(|| l.dtype.into()),
             l.weight.clone(),
             l.node.clone(),
             l.not_adaptable.clone().unwrap_or_default(),

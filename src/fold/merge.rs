@@ -50,7 +50,7 @@ impl Merger<'_> {
     }
 
     /// Gives a stored tensor another value, where it stands.
-    fn put(&mut self, source: &Source, tensor: &TensorProto, value: Due) -> Result<()> {
+    pub(super) fn put(&mut self, source: &Source, tensor: &TensorProto, value: Due) -> Result<()> {
         match source {
             Source::Initializer { scope, index } => {
                 let place = if external::is_external(tensor) { self.external(value)? } else { NewPlace::Inline(value) };
@@ -116,7 +116,7 @@ impl Merger<'_> {
     }
 
     /// A new initializer of the main graph, kept where `like` is.
-    fn add(&mut self, name: &str, dims: &[usize], like: &TensorProto, value: Due) -> Result<()> {
+    pub(super) fn add(&mut self, name: &str, dims: &[usize], like: &TensorProto, value: Due) -> Result<()> {
         let mut header = TensorProto {
             name: Some(name.into()),
             dims: dims.iter().map(|d| *d as i64).collect(),
@@ -181,7 +181,7 @@ impl Merger<'_> {
     }
 
     /// What the layer's adapters do to the weight as `linear` multiplies by it, in the order to do it.
-    fn mergers(&self, layer: &Layer, linear: &Linear) -> Result<Vec<(String, Box<dyn Merge>)>> {
+    pub(super) fn mergers(&self, layer: &Layer, linear: &Linear) -> Result<Vec<(String, Box<dyn Merge>)>> {
         let layout = Layout { out_in: linear.is_stored_out_in(), alpha: linear.alpha };
         let mut mergers = Vec::new();
         for adapter in &layer.stack {
@@ -209,7 +209,12 @@ impl Merger<'_> {
         let mergers = self.mergers(layer, linear)?;
         let (safe, module, data_type) = (self.options.safe, layer.module.to_string(), linear.data_type);
         let progress = self.options.progress.clone();
-        let size = if data_type == DataType::Float { 4 } else { 2 };
+        let additive = layer.stack.iter().all(|a| a.config.init_weights.variant().is_additive());
+        let size = match data_type {
+            DataType::Double => 8,
+            DataType::Float => 4,
+            _ => 2,
+        };
         // Chunks hold whole groups of the rows that each merger needs together.
         let together = mergers.iter().fold(1, |all, (_, m)| least_common_multiple(all, m.rows_together()));
         let rows = (CHUNK / row_len.max(1)).max(1).next_multiple_of(together);
@@ -217,7 +222,9 @@ impl Merger<'_> {
             progress.iter().for_each(|p| p(&module));
             let mut values = Vec::new();
             for (chunk, bytes) in weight.chunks((rows * row_len * size).max(size)).enumerate() {
-                widened(bytes, data_type, &mut values);
+                if data_type != DataType::Double {
+                    widened(bytes, data_type, &mut values);
+                }
                 let broken = |adapter: &str, at: usize, value: f32| {
                     RopeError::from(Error::Check(format!(
                         "module {module}: merging adapter {adapter} gives {value} at element {} of the weight; the \
@@ -225,6 +232,23 @@ impl Merger<'_> {
                         chunk * rows * row_len + at
                     )))
                 };
+                if data_type == DataType::Double {
+                    let mut doubles = vec![0f64; bytes.len() / 8];
+                    bytemuck::cast_slice_mut(&mut doubles).copy_from_slice(bytes);
+                    for (adapter, merger) in &mergers {
+                        // What an additive adapter adds is known without the weight; another one sees it in float32.
+                        let start: Vec<f32> = doubles.iter().map(|w| if additive { 0.0 } else { *w as f32 }).collect();
+                        values.clone_from(&start);
+                        merger.apply(&mut values, row_len, chunk * rows);
+                        let changes = values.iter().zip(&start);
+                        doubles.iter_mut().zip(changes).for_each(|(w, (v, s))| *w += f64::from(*v) - f64::from(*s));
+                        if safe && let Some(at) = doubles.iter().position(|v| !v.is_finite()) {
+                            return Err(broken(adapter, at, doubles[at] as f32));
+                        }
+                    }
+                    out.write_all(bytemuck::cast_slice(&doubles))?;
+                    continue;
+                }
                 for (adapter, merger) in &mergers {
                     merger.apply(&mut values, row_len, chunk * rows);
                     if safe && let Some(at) = values.iter().position(|v| !v.is_finite()) {

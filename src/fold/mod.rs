@@ -2,7 +2,10 @@
 //! it was copied from, the adapters' nodes go, and what remains is a plain ONNX model of the base's shape. Weights are
 //! made one at a time, while the file is written. The same way back: a merged model gives its adapters up again.
 
+mod dead;
+mod grid;
 mod merge;
+mod quantized;
 mod values;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -21,6 +24,7 @@ use crate::select::{self, Linear, Source};
 use crate::unload::strip;
 use crate::{Error, Result, did_you_mean};
 use merge::{Merger, aligned};
+pub use quantized::{QuantizedFold, RequantizedLayer};
 
 /// Called with the name of each module or parameter whose merged value is being written.
 pub type Progress = Arc<dyn Fn(&str) + Send + Sync>;
@@ -38,6 +42,8 @@ pub struct FoldOptions {
     pub undo: bool,
     /// Go on with what of the `extra` adapters fits the model.
     pub allow_partial: bool,
+    /// What becomes of layers whose weight is quantised.
+    pub quantized: QuantizedFold,
     /// Whether to wait until the merged model is on the disk.
     pub durability: Durability,
     pub progress: Option<Progress>,
@@ -62,6 +68,12 @@ pub struct FoldSummary {
     pub copied: Vec<String>,
     /// Parameters that were trained in full and replaced the base's.
     pub replaced: Vec<String>,
+    /// Modules whose weight is quantised: their adapters are nodes beside them.
+    pub kept: Vec<String>,
+    /// Modules whose weight was quantised again.
+    pub requantized: Vec<RequantizedLayer>,
+    /// Modules that got a weight of floats in place of a quantised one.
+    pub dequantized: Vec<String>,
     pub head: Option<String>,
     pub warnings: Vec<String>,
 }
@@ -93,13 +105,22 @@ pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> 
         None => Patch::default(),
     };
     let layers = layers(&adapters, &linears)?;
+    let quantized: Vec<&Layer> = layers.iter().filter(|l| l.calls.iter().any(|c| c.quantized.is_some())).collect();
+    if let Some(first) = quantized.first().filter(|_| options.undo) {
+        return Err(Error::config(format!(
+            "module {}: its weight is quantized, and what was merged into it cannot be taken out again; keep the model \
+             as it was before",
+            first.module
+        )));
+    }
 
     // How many of a stored weight's readers are adapted.
     let mut ours: HashMap<&Source, usize> = HashMap::new();
     for linear in layers.iter().flat_map(|l| &l.calls) {
         *ours.entry(&linear.weight.source).or_default() += 1;
     }
-    let mut names = Names::of(&model.proto);
+    // The adapters' own names are free again.
+    let mut names = Names::of(&base.proto);
     summary.adapters = adapters.iter().map(|a| a.name.clone()).collect();
     summary.head = record.as_ref().and_then(|r| r.head.as_ref()).map(|h| h.name.clone());
     let location = data_location(model, out);
@@ -107,7 +128,7 @@ pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> 
 
     // Weights whose every reader is adapted can change in place, once: for the first module that reads them.
     let mut taken: HashSet<&Source> = HashSet::new();
-    for layer in &layers {
+    for layer in layers.iter().filter(|l| l.calls.iter().all(|c| c.quantized.is_none())) {
         let first = layer.calls[0];
         let root = &first.weight.source;
         let alone = ours.get(root) == Some(&first.weight.uses)
@@ -120,6 +141,7 @@ pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> 
             summary.copied.push(layer.module.to_string());
         }
     }
+    quantized::fold(&mut merge, &quantized, &adapters, &ours, &mut names, &mut summary)?;
     if adapters.iter().any(|a| !a.saved.is_empty()) {
         let parameters = select::parameters(base.graph(), &linears);
         for (path, value) in saved(&adapters, &layers)? {

@@ -25,6 +25,7 @@ pub(super) fn narrowed(values: &[f32], data_type: DataType) -> Vec<u8> {
     match data_type {
         DataType::Float16 => bits.reinterpret_cast_mut::<half::f16>().convert_from_f32_slice(values),
         DataType::Bfloat16 => bits.reinterpret_cast_mut::<half::bf16>().convert_from_f32_slice(values),
+        DataType::Double => return values.iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect(),
         _ => return bytemuck::cast_slice(values).to_vec(),
     }
     bytemuck::cast_slice(&bits).to_vec()

@@ -128,7 +128,8 @@ impl Emitter<'_> {
         let dropouts: Vec<Option<(f64, u64)>> = stack.iter().map(dropout).collect();
         let is_plain = linear.alpha == 1.0 && !linear.trans_a && (node.is("MatMul") || node.is("Gemm"));
         let tiles = matches!(self.form, Form::Trained { .. })
-            && linear.data_type == DataType::Float
+            && linear.quantized.is_none()
+            && linear.element == DataType::Float
             && is_plain
             && dropouts.iter().all(Option::is_none);
         match variant.is_additive() {
@@ -154,18 +155,26 @@ impl Emitter<'_> {
         self.emission.written.nodes.extend(nodes.iter().map(|n| n.name().to_string()));
     }
 
-    /// `y = base(x) + S(x)·D₁ + S(x)·D₂ …`, in float32 whatever the base computes in, as PEFT does.
+    /// `y = base(x) + S(x)·D₁ + S(x)·D₂ …`, in float32 where the base computes in less, as PEFT does.
     fn branch(&mut self, call: &Call, dropouts: &[Option<(f64, u64)>]) -> Result<()> {
-        let Call { path, linear, node, stack, dims } = *call;
-        let (Some(x), Some(output)) = (node.input_at(0), node.output_at(0)) else { return Ok(()) };
-        let half = linear.data_type != DataType::Float;
+        let Call { path, linear, stack, dims, .. } = *call;
+        let exit = &self.base.graph_at(&linear.scope)?.node[linear.beside.exit];
+        let Some(output) = exit.output_at(0) else { return Ok(()) };
+        let (half, double) = (is_half(linear.element), linear.element == DataType::Double);
         let base_output = self.names.fresh(&format!("{output}.base"));
         let mut writer = self.writer(path, stack[0].adapter);
-        let mut x = x.to_string();
+        let mut x = linear.beside.input.clone();
+        if let Some(of_data) = &linear.beside.dequantize {
+            x = writer.op("DequantizeLinear", "real", &with_grid(&x, of_data), Vec::new());
+        }
         if linear.trans_a {
             x = writer.op("Transpose", "rows", &[&x], vec![AttributeProto::ints("perm", &[1, 0])]);
         }
         let mut sum = base_output.clone();
+        let integers = linear.beside.quantize.as_ref();
+        if let Some(of_result) = integers {
+            sum = writer.op("DequantizeLinear", "base", &with_grid(&sum, of_result), Vec::new());
+        }
         if half {
             x = writer.cast(&x, "x", DataType::Float);
             sum = writer.cast(&sum, "wide", DataType::Float);
@@ -176,23 +185,28 @@ impl Emitter<'_> {
                 Some((p, seed)) => dropped(&mut writer, &x, p, seed),
                 None => x.clone(),
             };
-            let block = stacked.config.init_weights.variant().write_block(dims, stacked.parameter, &mut writer);
-            let delta = tile::write_branch(dims, &seen, &block, &mut writer);
+            let mut block = stacked.config.init_weights.variant().write_block(dims, stacked.parameter, &mut writer);
+            if double {
+                block = writer.cast(&block, "block", DataType::Double);
+            }
+            let delta = tile::write_branch(dims, &seen, &block, linear.element, &mut writer);
             let is_last = i + 1 == stack.len();
-            if is_last && !half {
+            if is_last && !half && integers.is_none() {
                 writer.op_to("Add", &[&sum, &delta], output, Vec::new());
             } else {
                 sum = writer.op("Add", "sum", &[&sum, &delta], Vec::new());
             }
         }
         if half {
-            let to = vec![AttributeProto::int("to", linear.data_type as i64)];
+            let to = vec![AttributeProto::int("to", linear.element as i64)];
             writer.op_to("Cast", &[&sum], output, to);
+        } else if let Some(of_result) = integers {
+            writer.op_to("QuantizeLinear", &with_grid(&sum, of_result), output, Vec::new());
         }
         let nodes = writer.nodes;
         self.note(&nodes);
         self.emission.written.outputs.push(Renamed { base: output.into(), now: base_output.clone() });
-        let edit = self.edit(linear);
+        let edit = self.emission.edits.entry((linear.scope.clone(), linear.beside.exit)).or_default();
         edit.output = Some(base_output);
         edit.after.extend(nodes);
         Ok(())
@@ -226,11 +240,12 @@ impl Emitter<'_> {
         let Call { path, linear, stack, dims, .. } = *call;
         let mut blocks = Vec::new();
         let layout = Layout { out_in: linear.trans_b, alpha: linear.alpha };
-        let half = linear.data_type != DataType::Float;
+        // In float32 whatever the base computes in, as PEFT does.
+        let converts = linear.element != DataType::Float;
         let mut writer = self.writer(path, stack[0].adapter);
         let mut weight = weight.to_string();
-        if half {
-            weight = writer.cast(&weight, "wide", DataType::Float);
+        if converts {
+            weight = writer.cast(&weight, "float32", DataType::Float);
         }
         for (stacked, dims) in stack.iter().zip(dims) {
             writer.prefix = format!("{path}.bone.{}", stacked.adapter);
@@ -244,8 +259,8 @@ impl Emitter<'_> {
                 variant.write_weight(dims, layout, &weight, stacked.parameter, &mut writer)
             };
         }
-        if half {
-            weight = writer.cast(&weight, "weight", linear.data_type);
+        if converts {
+            weight = writer.cast(&weight, "weight", linear.element);
         }
         let nodes = writer.nodes;
         self.note(&nodes);
@@ -312,6 +327,15 @@ impl Emitter<'_> {
         }
         Ok(())
     }
+}
+
+/// Inputs of a (de)quantiser: a value, its scale and its zero point.
+fn with_grid<'v>(value: &'v str, (scale, zero): &'v (String, Option<String>)) -> Vec<&'v str> {
+    [value, scale].into_iter().chain(zero.as_deref()).collect()
+}
+
+fn is_half(element: DataType) -> bool {
+    matches!(element, DataType::Float16 | DataType::Bfloat16)
 }
 
 /// `x` with a share `p` of its elements at zero and the others scaled up, other ones in every run.

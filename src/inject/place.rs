@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use rand_chacha::ChaCha8Rng;
 
-use crate::adapter::{Adapter, AdapterRecord, Bias, BoneConfig, SavedRecord, TargetRecord};
+use crate::adapter::{Adapter, AdapterRecord, Bias, BoneConfig, Dims, SavedRecord, TargetRecord};
 use crate::base::Base;
 use crate::onnx::{Model, Names, Tensor, TensorProto};
 use crate::select::{self, Linear, Parameter, Source};
@@ -35,7 +35,7 @@ impl Site<'_> {
             if blocks.contains_key(&linear.path) {
                 continue;
             }
-            match config.dims(linear.in_features, linear.out_features) {
+            match fits(config, linear) {
                 Ok(dims) => {
                     blocks.insert(linear.path.clone(), Tensor::from(variant.init(&dims, rng)));
                 }
@@ -124,7 +124,7 @@ impl Site<'_> {
                 continue;
             };
             let sizes = format!("{} → {}", linear.in_features, linear.out_features);
-            let why = match (&linear.adaptable, adapter.config.dims(linear.in_features, linear.out_features)) {
+            let why = match (&linear.adaptable, fits(&adapter.config, linear)) {
                 (Err(why), _) => Some(why.clone()),
                 (_, Err(why)) => Some(why),
                 (_, Ok(dims)) => (block.dims() != variant.shape(&dims)).then(|| {
@@ -151,6 +151,19 @@ impl Site<'_> {
         }
         misfits
     }
+}
+
+/// The sizes of `linear` under `config`, or why it takes no such adapter.
+fn fits(config: &BoneConfig, linear: &Linear) -> Result<Dims, String> {
+    let variant = config.init_weights.variant();
+    if !variant.is_additive() && !linear.reads_floats() {
+        return Err(format!(
+            "{} changes the weight itself, but {} reads it as integers; use Bone or MiSS",
+            variant.name(),
+            linear.op
+        ));
+    }
+    config.dims(linear.in_features, linear.out_features)
 }
 
 /// A tensor of an adapter that has no place in a model.
@@ -213,6 +226,7 @@ pub(crate) fn to_f32(value: Tensor) -> Result<Tensor> {
         Tensor::F32(_) => value,
         Tensor::F16(a) => Tensor::F32(a.mapv(f32::from)),
         Tensor::Bf16(a) => Tensor::F32(a.mapv(f32::from)),
+        Tensor::F64(a) => Tensor::F32(a.mapv(|v| v as f32)),
         other => {
             let name = crate::onnx::data_type_name(other.data_type());
             return Err(Error::model(format!("a {name} tensor cannot be trained")));

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use prost::Message;
 
 use super::external::{self, ExternalData, map_file};
-use super::tensor::{proto_dims, proto_type};
+use super::tensor::{proto_dims, proto_type, typed_bytes};
 use super::{Durability, GraphProto, ModelProto, Patch, Rope, Scope, Tensor, TensorProto};
 use crate::{Error, Result};
 
@@ -87,7 +87,7 @@ impl Model {
         } else if let Some(raw) = &tensor.raw_data {
             raw.clone()
         } else {
-            return Ok(Tensor::from_proto(tensor)?.to_bytes().into());
+            typed_bytes(tensor, proto_type(tensor)?).into()
         };
         if let Some(bits) = element_bits(proto_type(tensor)?) {
             let wanted = (proto_dims(tensor)?.iter().product::<usize>() * bits).div_ceil(8);

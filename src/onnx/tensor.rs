@@ -210,7 +210,7 @@ pub fn proto_dims(proto: &TensorProto) -> Result<Vec<usize>> {
 }
 
 /// Raw bytes of a tensor kept in one of the typed fields (`float_data`, `int64_data`, …).
-fn typed_bytes(proto: &TensorProto, data_type: DataType) -> Vec<u8> {
+pub(super) fn typed_bytes(proto: &TensorProto, data_type: DataType) -> Vec<u8> {
     use DataType::*;
     match data_type {
         Float => bytemuck::cast_slice(&proto.float_data).to_vec(),
@@ -222,7 +222,8 @@ fn typed_bytes(proto: &TensorProto, data_type: DataType) -> Vec<u8> {
         Int16 | Uint16 | Float16 | Bfloat16 => {
             proto.int32_data.iter().flat_map(|v| (*v as u16).to_le_bytes()).collect()
         }
-        Int8 | Uint8 | Bool => proto.int32_data.iter().map(|v| *v as u8).collect(),
+        // Those of 4 bits stand in pairs.
+        Int8 | Uint8 | Bool | Int4 | Uint4 => proto.int32_data.iter().map(|v| *v as u8).collect(),
         _ => Vec::new(),
     }
 }

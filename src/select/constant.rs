@@ -87,6 +87,14 @@ fn pass<'a>(values: &Values<'a>, graph: usize, node: &'a NodeProto, budget: &mut
             && scale.dims.iter().rev().zip(weight.dims.iter().rev()).all(|(s, w)| s == w || *s == 1);
         return fits.then_some(Constant { changed: Some("is scaled by a Mul"), ..weight });
     }
+    if node.is("Sub") {
+        // Integers, converted, less their zero point.
+        let weight = trace_within(values, graph, node.input_at(0)?, budget)?;
+        let zero = trace_within(values, graph, node.input_at(1)?, budget)?;
+        let fits = zero.dims.len() <= weight.dims.len()
+            && zero.dims.iter().rev().zip(weight.dims.iter().rev()).all(|(z, w)| z == w || *z == 1);
+        return fits.then_some(Constant { changed: Some("is shifted by a Sub"), ..weight });
+    }
     if !is_chain(node) {
         return None;
     }
@@ -123,7 +131,7 @@ fn is_chain(node: &NodeProto) -> bool {
 }
 
 /// The target shape of a `Reshape`, where it is a constant.
-fn shape_of<'a>(values: &Values<'a>, graph: usize, node: &'a NodeProto) -> Option<Vec<i64>> {
+pub(super) fn shape_of<'a>(values: &Values<'a>, graph: usize, node: &'a NodeProto) -> Option<Vec<i64>> {
     let ((at, _), definition) = values.lookup(graph, node.input_at(1)?)?;
     let tensor = match definition {
         Definition::Initializer(i) => values.initializer(at, i)?,
@@ -143,7 +151,7 @@ fn shape_of<'a>(values: &Values<'a>, graph: usize, node: &'a NodeProto) -> Optio
 }
 
 /// Shape after a `Reshape` to `target` (0 copies, -1 takes what is left), or `None` where it does not fit.
-fn reshaped(dims: &[usize], target: &[i64]) -> Option<Vec<usize>> {
+pub(super) fn reshaped(dims: &[usize], target: &[i64]) -> Option<Vec<usize>> {
     let total = dims.iter().try_fold(1usize, |n, d| n.checked_mul(*d))?;
     let mut out = Vec::with_capacity(target.len());
     for (i, t) in target.iter().enumerate() {

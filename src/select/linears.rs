@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 use super::bias::{BiasUse, added_bias};
 use super::constant::{Constant, Source, Step, final_readers, trace};
 use super::module_path::{Clues, NameRule, is_call_of, module_path, scopes_of};
+use super::quantized::{self, Beside, Quantized};
 use super::values::{Reader, ValueId, Values};
 use crate::onnx::{DataType, GraphProto, Model, NodeProto, Scope, data_type_name};
 
@@ -33,6 +34,12 @@ pub struct Linear {
     pub out_features: usize,
     /// Element type of the stored tensor.
     pub data_type: DataType,
+    /// What it takes and gives: element type of x and y.
+    pub element: DataType,
+    /// How the stored tensor is quantised, where it is.
+    pub quantized: Option<Quantized>,
+    /// Where a float path beside the layer starts and ends.
+    pub beside: Beside,
     pub trans_a: bool,
     pub trans_b: bool,
     pub alpha: f32,
@@ -64,6 +71,11 @@ impl Linear {
         self.trans_b != self.weight.transposed
     }
 
+    /// Whether its node reads the matrix in floating point, so that an adapted one can take its place in the graph.
+    pub fn reads_floats(&self) -> bool {
+        matches!(self.op.as_str(), "MatMul" | "Gemm" | "FusedMatMul")
+    }
+
     /// What the matching rules see: the module path, else the node's name (else the path made for it).
     pub fn key(&self) -> &str {
         match &self.module {
@@ -74,6 +86,9 @@ impl Linear {
     }
 }
 
+/// Domain of ONNX Runtime's own operators.
+const MICROSOFT: &str = "com.microsoft";
+
 /// An operator that multiplies by a matrix, and where its inputs are.
 struct Product {
     op: &'static str,
@@ -82,30 +97,35 @@ struct Product {
     matrix: usize,
     /// Index of the bias, where the operator has one.
     bias: Option<usize>,
+    /// Whether it multiplies integers.
+    quantized: bool,
     /// Why it takes no adapter.
     refused: Option<&'static str>,
 }
 
-const QUANTIZED: Option<&str> = Some(
-    "computes with a quantized weight, and only float32, float16 or bfloat16 weights are adapted; use the model \
-     before quantization",
-);
 /// Element types of what can be adapted or trained.
-pub const FLOATS: [DataType; 3] = [DataType::Float, DataType::Float16, DataType::Bfloat16];
+pub const FLOATS: [DataType; 4] = [DataType::Float, DataType::Float16, DataType::Bfloat16, DataType::Double];
 const FUSED: Option<&str> =
     Some("has its activation fused in; save the model without ONNX Runtime's extended optimizations");
 
 const PRODUCTS: [Product; 10] = [
-    Product { op: "MatMul", domain: "", matrix: 1, bias: None, refused: None },
-    Product { op: "Gemm", domain: "", matrix: 1, bias: Some(2), refused: None },
-    Product { op: "FusedMatMul", domain: "com.microsoft", matrix: 1, bias: None, refused: None },
-    Product { op: "FusedGemm", domain: "com.microsoft", matrix: 1, bias: Some(2), refused: FUSED },
-    Product { op: "MatMulNBits", domain: "com.microsoft", matrix: 1, bias: Some(5), refused: QUANTIZED },
-    Product { op: "MatMulInteger", domain: "", matrix: 1, bias: None, refused: QUANTIZED },
-    Product { op: "MatMulIntegerToFloat", domain: "com.microsoft", matrix: 1, bias: Some(6), refused: QUANTIZED },
-    Product { op: "DynamicQuantizeMatMul", domain: "com.microsoft", matrix: 1, bias: Some(4), refused: QUANTIZED },
-    Product { op: "QLinearMatMul", domain: "", matrix: 3, bias: None, refused: QUANTIZED },
-    Product { op: "QGemm", domain: "com.microsoft", matrix: 3, bias: Some(6), refused: QUANTIZED },
+    Product { op: "MatMul", domain: "", matrix: 1, bias: None, quantized: false, refused: None },
+    Product { op: "Gemm", domain: "", matrix: 1, bias: Some(2), quantized: false, refused: None },
+    Product { op: "FusedMatMul", domain: MICROSOFT, matrix: 1, bias: None, quantized: false, refused: None },
+    Product { op: "FusedGemm", domain: MICROSOFT, matrix: 1, bias: Some(2), quantized: false, refused: FUSED },
+    Product { op: "MatMulNBits", domain: MICROSOFT, matrix: 1, bias: Some(5), quantized: true, refused: None },
+    Product { op: "MatMulInteger", domain: "", matrix: 1, bias: None, quantized: true, refused: None },
+    Product { op: "MatMulIntegerToFloat", domain: MICROSOFT, matrix: 1, bias: Some(6), quantized: true, refused: None },
+    Product {
+        op: "DynamicQuantizeMatMul",
+        domain: MICROSOFT,
+        matrix: 1,
+        bias: Some(4),
+        quantized: true,
+        refused: None,
+    },
+    Product { op: "QLinearMatMul", domain: "", matrix: 3, bias: None, quantized: true, refused: None },
+    Product { op: "QGemm", domain: MICROSOFT, matrix: 3, bias: Some(6), quantized: true, refused: None },
 ];
 
 impl Product {
@@ -170,7 +190,25 @@ fn examine<'a>(
     let data_type = DataType::try_from(weight.tensor.data_type()).unwrap_or(DataType::Undefined);
     let has_alpha = matches!(product.op, "Gemm" | "FusedGemm" | "FusedMatMul" | "QGemm");
     let alpha = if has_alpha { node.attr_f("alpha", 1.0) } else { 1.0 };
-    let added = added_bias(values, graph, n, product.bias, product.refused.is_some(), out_features);
+    let added = added_bias(values, graph, n, product.bias, product.quantized, out_features);
+    let plain = Beside::of(data, n);
+    let found = match product.quantized {
+        true => quantized::product(values, graph, n, node, &weight).map(|(beside, how, ty)| (beside, Some(how), ty)),
+        false => Ok(match quantized::dequantized(values, &weight) {
+            Some((how, element)) => (plain.clone(), Some(how), element),
+            None => (plain.clone(), None, data_type),
+        }),
+    };
+    let adaptable = match &found {
+        Err(why) => Err(format!("{}: {why}", product.op)),
+        Ok((_, how, element)) => adaptable(node, product, &weight, trans_a, alpha, how.is_some(), *element),
+    };
+    let (beside, mut quantized, element) = found.unwrap_or((plain, None, data_type));
+    // An operator that takes the bias as integers scales them by its weight's scale, which must stay what it is.
+    let has_integer_bias = added.as_ref().is_some_and(|a| a.constant.tensor.data_type() == DataType::Int32 as i32);
+    if let Some(Ok(scheme)) = quantized.as_mut().map(|q| q.scheme.as_mut()).filter(|_| has_integer_bias) {
+        scheme.scale.iter_mut().for_each(|scale| scale.own = false);
+    }
     let linear = Linear {
         scope: values.graphs.get(graph)?.scope.clone(),
         node: n,
@@ -179,17 +217,21 @@ fn examine<'a>(
         module: None,
         rule: NameRule::None,
         path: String::new(),
-        adaptable: adaptable(node, product, &weight, trans_a, alpha, data_type),
+        adaptable,
         weight: Weight {
             name: weight.root.1.to_string(),
             source: weight.source,
             via: weight.via,
-            transposed: weight.transposed,
+            // MatMulNBits stores [out, in] and multiplies by the transpose.
+            transposed: weight.transposed || product.op == "MatMulNBits",
             uses: 0,
         },
         in_features,
         out_features,
         data_type,
+        element,
+        quantized,
+        beside,
         trans_a,
         trans_b,
         alpha,
@@ -211,24 +253,27 @@ fn adaptable(
     weight: &Constant,
     trans_a: bool,
     alpha: f32,
-    data_type: DataType,
+    is_quantized: bool,
+    element: DataType,
 ) -> Result<(), String> {
     if let Some(why) = product.refused {
         return Err(format!("{} {why}", product.op));
     }
-    if let Some(how) = weight.changed {
-        let stored = data_type_name(data_type);
+    let stored = DataType::try_from(weight.tensor.data_type()).unwrap_or(DataType::Undefined);
+    if let Some(how) = weight.changed.filter(|_| !is_quantized) {
+        let stored = data_type_name(stored);
         return Err(format!("its weight {} (stored as {stored}) {how} before it is used", weight.root.1));
     }
-    if !FLOATS.contains(&data_type) {
-        let stored = data_type_name(data_type);
-        let weight = weight.root.1;
-        return Err(format!("its weight {weight} is {stored}, and only float32, float16 or bfloat16 are adapted"));
+    if !FLOATS.contains(&element) {
+        let (element, weight) = (data_type_name(element), weight.root.1);
+        return Err(format!(
+            "its weight {weight} is {element}, and only float32, float16, bfloat16 or float64 are adapted"
+        ));
     }
-    if weight.dims.len() != 2 {
+    if weight.dims.len() != 2 && product.op != "MatMulNBits" {
         return Err(format!("its weight {} has shape {:?}, and only matrices are adapted", weight.root.1, weight.dims));
     }
-    let bytes = weight.dims.iter().try_fold(size_of::<f32>(), |n, d| n.checked_mul(*d));
+    let bytes = weight.dims.iter().try_fold(size_of::<f64>(), |n, d| n.checked_mul(*d));
     if !bytes.is_some_and(|n| n > 0 && isize::try_from(n).is_ok()) {
         return Err(format!("its weight {} has the impossible shape {:?}", weight.root.1, weight.dims));
     }

@@ -8,6 +8,7 @@ mod linears;
 mod matching;
 mod module_path;
 mod parameters;
+mod quantized;
 mod selection;
 mod values;
 
@@ -18,7 +19,9 @@ pub use linears::{Linear, Weight, linears, linears_of};
 pub use matching::{Matcher, Verdict, Version};
 pub use module_path::NameRule;
 pub use parameters::{Parameter, Use, parameters, saved};
+pub use quantized::{Beside, Laid, Packing, Quantized, Scheme};
 pub use selection::{Selection, select, select_as};
+pub(crate) use values::{Definition, Reader, Values};
 
 #[cfg(test)]
 mod tests;

@@ -81,8 +81,10 @@ fn every_target_of_the_manifest_is_found_and_named() {
                 assert!(truth.iter().any(|t| t == module), "{context}: {truth:?}");
                 named += 1;
             }
+            assert_eq!(l.adaptable, Ok(()), "{context}");
             let plain = [DataType::Float, DataType::Float16].contains(&l.data_type);
-            assert_eq!(l.adaptable.is_ok(), plain, "{context}: {:?}", l.adaptable);
+            assert_eq!(l.quantized.is_none(), plain, "{context}: {:?}", l.quantized);
+            assert!(l.quantized.as_ref().is_none_or(|q| q.scheme.is_ok()), "{context}: {:?}", l.quantized);
         }
         let extra: Vec<_> = found.iter().map(|l| &l.node_name).collect();
         assert!(extra.is_empty(), "{file}: {extra:?}");
@@ -255,8 +257,10 @@ fn parameter_paths_tell_weights_apart_and_are_plain() {
 
 #[test]
 fn int8_weights_written_as_plain_operators_are_reported() {
+    let mut cast = node("Cast", &["q"], &["f"]);
+    cast.attribute = vec![AttributeProto::int("to", DataType::Float as i64)];
     let mut quantized = graph(vec![
-        node("Cast", &["q"], &["f"]),
+        cast,
         node("Mul", &["scale", "f"], &["d"]),
         node("MatMul", &["x", "d"], &["y"]),
         node("Add", &["y", "bias"], &["z"]),
@@ -270,17 +274,25 @@ fn int8_weights_written_as_plain_operators_are_reported() {
     let bias = found[0].bias.as_ref().unwrap();
     assert_eq!((bias.name.as_str(), bias.node, bias.input, bias.uses), ("bias", 3, 1, 1));
     assert_eq!(bias.source, Source::Initializer { scope: vec![], index: 4 });
-    assert!(found[0].adaptable.as_ref().unwrap_err().contains("(stored as int8) is scaled by a Mul"));
+    assert_eq!((found[0].element, &found[0].adaptable), (DataType::Float, &Ok(())));
+    let quantized = found[0].quantized.as_ref().unwrap();
+    assert_eq!(quantized.describe(), "int8, per channel (Cast and Mul)");
+    // Scaled twice: an adapter may stand beside it, but what the integers stand for is not looked into.
+    let mut twice = quantized.clone();
+    twice.scheme = Err(String::new());
+    assert_eq!(twice.describe(), "int8 (Cast and Mul)");
 }
 
 #[test]
-fn weights_of_half_width_take_an_adapter_and_doubles_do_not() {
-    for (data_type, takes) in [(DataType::Float16, true), (DataType::Bfloat16, true), (DataType::Double, false)] {
+fn weights_of_any_floating_type_take_an_adapter_and_integers_do_not() {
+    for (data_type, takes) in
+        [(DataType::Float16, true), (DataType::Bfloat16, true), (DataType::Double, true), (DataType::Int32, false)]
+    {
         let mut stored = graph(vec![node("MatMul", &["x", "v"], &["y"])]);
         stored.initializer.push(Tensor::zeros(data_type, &[3, 4]).unwrap().to_proto("v"));
         let [layer] = linears_of(&stored).try_into().unwrap();
         assert_eq!(layer.adaptable.is_ok(), takes, "{data_type:?}: {:?}", layer.adaptable);
-        assert!(takes || layer.adaptable.unwrap_err().contains("only float32, float16 or bfloat16 are adapted"));
+        assert!(takes || layer.adaptable.unwrap_err().contains("is int32, and only float32"));
     }
 }
 

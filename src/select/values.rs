@@ -71,7 +71,7 @@ impl<'a> Values<'a> {
     }
 
     /// What `name` means when a node of `graph` uses it.
-    pub fn lookup(&self, graph: usize, name: &'a str) -> Option<(ValueId<'a>, Definition)> {
+    pub fn lookup<'n>(&self, graph: usize, name: &'n str) -> Option<(ValueId<'n>, Definition)> {
         let mut at = Some(graph);
         while let Some(number) = at {
             let view = self.graphs.get(number)?;

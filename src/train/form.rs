@@ -27,7 +27,11 @@ pub fn training_form(model: &mut ModelProto, learners: &Learners) -> Result<Rule
     let form = Form::Trained { trained: learners.trained, dropout: learners.dropout };
     let emission = emit(&Base::within(model, learners.injection), learners.injection, &mut names, form)?;
     emission.apply(model);
-    Ok(Rules::standard().with(DOMAIN, TILED_MATMUL, Rule::vjp(tiled)).with(DOMAIN, TILED_GEMM, Rule::vjp(tiled)))
+    Ok(Rules::straight_through().with(DOMAIN, TILED_MATMUL, Rule::vjp(tiled)).with(
+        DOMAIN,
+        TILED_GEMM,
+        Rule::vjp(tiled),
+    ))
 }
 
 /// Turns the tiled operators into the standard ones they compute.

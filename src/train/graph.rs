@@ -9,8 +9,9 @@ use crate::adapter::Injection;
 use crate::autodiff::{self, Request, Rules, Seed};
 use crate::base::Base;
 use crate::engine::{Engine, LoadOptions, Session};
+use crate::inject::place::to_f32;
 use crate::onnx::upgrade::upgrade;
-use crate::onnx::{DataType, Model, ModelProto, Tensor, value_info};
+use crate::onnx::{DataType, Model, ModelProto, Tensor, value_info, walk_graphs};
 use crate::{Error, Result};
 
 /// Operator set that a model is lifted to for training, where it is older.
@@ -128,8 +129,9 @@ impl LossModel {
         if let Some(graph) = &mut model.graph {
             graph.output.retain(|o| o.name() == self.names.loss);
         }
+        let seed = if computes_in_halves(&model) { Seed::Input } else { Seed::One };
         let request = Request {
-            of: vec![(self.names.loss.clone(), Seed::One)],
+            of: vec![(self.names.loss.clone(), seed)],
             wrt: self.parameters.clone(),
             input_dims: BTreeMap::new(),
         };
@@ -137,7 +139,10 @@ impl LossModel {
         gradient.model.graph.iter_mut().for_each(form::lower);
         let session = engine.load(&gradient.model, options)?;
         let wanted = std::iter::once(self.names.loss.clone()).chain(gradient.gradients).collect();
-        Ok(GradientSession { session, labels: self.names.labels.clone(), wanted })
+        // The seed is the last of the inputs.
+        let last = gradient.model.graph.iter().flat_map(|g| &g.input).next_back().filter(|_| seed == Seed::Input);
+        let scale = last.map(|i| Scale { name: i.name().into(), value: Tensor::scalar(LARGEST_SCALE) });
+        Ok(GradientSession { session, labels: self.names.labels.clone(), wanted, scale })
     }
 
     /// Loads the loss and the output it is made of, without gradients.
@@ -148,6 +153,27 @@ impl LossModel {
         let wanted = [self.names.loss.clone(), self.output.clone()];
         Ok(ForwardSession { session, labels: self.names.labels.clone(), wanted })
     }
+}
+
+/// Where the scale of the loss starts.
+const LARGEST_SCALE: f32 = 65536.0;
+
+/// What the loss is multiplied by before it is differentiated, and the gradients are divided by after it: adjoints in
+/// float16 are as small as the loss is, and vanish below 6e-8 (Micikevicius et al. 2018, "Mixed precision training").
+struct Scale {
+    /// The graph input.
+    name: String,
+    value: Tensor,
+}
+
+/// Whether a model has float16 or bfloat16 weights.
+fn computes_in_halves(model: &ModelProto) -> bool {
+    let is_half = |t: i32| t == DataType::Float16 as i32 || t == DataType::Bfloat16 as i32;
+    let mut halves = false;
+    if let Some(graph) = &model.graph {
+        walk_graphs(graph, &mut |_, graph| halves |= graph.initializer.iter().any(|t| is_half(t.data_type())));
+    }
+    halves
 }
 
 /// Makes the parameters inputs of the graph instead of constants.
@@ -169,14 +195,14 @@ pub struct GradientSession {
     labels: String,
     /// The loss, then a gradient for each parameter.
     wanted: Vec<String>,
+    /// For models that compute in halves.
+    scale: Option<Scale>,
 }
 
 impl GradientSession {
     /// The loss and, for each parameter in its order, the gradient in the parameter's shape.
     pub fn run(&mut self, parameters: &[Parameter], batch: &Batch) -> Result<(f64, Vec<Tensor>)> {
-        let wanted: Vec<&str> = self.wanted.iter().map(String::as_str).collect();
-        let mut gradients = self.session.run(&inputs(parameters, batch, &self.labels), &wanted)?;
-        let loss = scalar(gradients.remove(0))?;
+        let (loss, gradients) = self.scaled(parameters, batch)?;
         for (parameter, gradient) in parameters.iter().zip(&gradients) {
             if gradient.data_type() != DataType::Float || gradient.dims() != parameter.value.dims() {
                 return Err(Error::model(format!(
@@ -189,6 +215,31 @@ impl GradientSession {
             }
         }
         Ok((loss, gradients))
+    }
+
+    /// The loss and the gradients of one run; where they overflow in the model's halves, of another one with a smaller
+    /// scale.
+    fn scaled(&mut self, parameters: &[Parameter], batch: &Batch) -> Result<(f64, Vec<Tensor>)> {
+        let wanted: Vec<&str> = self.wanted.iter().map(String::as_str).collect();
+        loop {
+            let mut given = inputs(parameters, batch, &self.labels);
+            given.extend(self.scale.iter().map(|s| (s.name.as_str(), &s.value)));
+            let mut gradients = self.session.run(&given, &wanted)?;
+            let loss = scalar(gradients.remove(0))?;
+            let Some(scale) = &mut self.scale else { return Ok((loss, gradients)) };
+            let by = scale.value.as_f64().unwrap_or(1.0) as f32;
+            let is_finite = |g: &Tensor| g.values::<f32>().is_some_and(|v| v.iter().all(|v| v.is_finite()));
+            if loss.is_finite() && by > 1.0 && !gradients.iter().all(is_finite) {
+                scale.value = Tensor::scalar(by / 2.0);
+                continue;
+            }
+            for gradient in &mut gradients {
+                if let Tensor::F32(g) = gradient {
+                    g.mapv_inplace(|v| v / by);
+                }
+            }
+            return Ok((loss, gradients));
+        }
     }
 }
 
@@ -204,7 +255,7 @@ impl ForwardSession {
         let wanted: Vec<&str> = self.wanted.iter().map(String::as_str).collect();
         let mut out = self.session.run(&inputs(parameters, batch, &self.labels), &wanted)?;
         let output = out.pop().ok_or_else(|| Error::model("the model gave no output"))?;
-        Ok((scalar(out.remove(0))?, output))
+        Ok((scalar(out.remove(0))?, to_f32(output)?))
     }
 }
 

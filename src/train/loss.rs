@@ -80,6 +80,16 @@ pub fn append(model: &mut ModelProto, loss: Loss, output: &Field, label_rank: us
     let axes: Vec<&str> = axes.iter().map(String::as_str).collect();
     graph.input.push(value_info(&labels, element, &axes));
 
+    // Whatever the model computes in, the loss is float32.
+    let scores = match output.data_type {
+        None | Some(DataType::Float) => output.name.clone(),
+        Some(_) => {
+            let wide = name("scores");
+            let to = AttributeProto::int("to", DataType::Float as i64);
+            graph.node.push(with(node("Cast", &[&output.name], &[&wide]), to));
+            wide
+        }
+    };
     let add_last_axis = |graph: &mut crate::onnx::GraphProto, axis: &str, column: &str| {
         constant_i64(graph, axis, &[-1]);
         graph.node.push(node("Unsqueeze", &[&labels, axis], &[column]));
@@ -114,7 +124,7 @@ pub fn append(model: &mut ModelProto, loss: Loss, output: &Field, label_rank: us
             graph.initializer.push(Tensor::scalar(1f32).to_proto(&one));
             // An ignored label equals no class, so it falls out of both sums.
             graph.node.push(node("Equal", &[&column, &ids], &[&hot]));
-            graph.node.push(with(node("LogSoftmax", &[&output.name], &[&log]), AttributeProto::int("axis", -1)));
+            graph.node.push(with(node("LogSoftmax", &[&scores], &[&log]), AttributeProto::int("axis", -1)));
             graph.node.push(node("Where", &[&hot, &log, &zero], &[&picked]));
             graph.node.push(all(node("ReduceSum", &[&picked], &[&sum])));
             graph
@@ -134,7 +144,7 @@ pub fn append(model: &mut ModelProto, loss: Loss, output: &Field, label_rank: us
             } else {
                 &labels
             };
-            graph.node.push(node("Sub", &[&output.name, target], &[&difference]));
+            graph.node.push(node("Sub", &[&scores, target], &[&difference]));
             graph.node.push(node("Mul", &[&difference, &difference], &[&square]));
             graph.node.push(all(node("ReduceMean", &[&square], &[&scalar])));
         }

@@ -357,9 +357,9 @@ fn output_field(model: &Model, injection: &Injection, wanted: Option<&str>) -> R
         complete(&mut field, model);
     }
     match field.data_type {
-        None | Some(DataType::Float) => Ok(field),
+        None | Some(DataType::Float | DataType::Double | DataType::Float16 | DataType::Bfloat16) => Ok(field),
         Some(other) => {
-            Err(Error::model(format!("output {name} is {}; only float32 outputs are trained", data_type_name(other))))
+            Err(Error::model(format!("output {name} is {}; only floats are trained", data_type_name(other))))
         }
     }
 }

@@ -7,6 +7,7 @@ use super::harness::{Arg, Case, Random, case};
 
 mod attention;
 mod contrib;
+mod edges;
 mod einsum;
 mod loss;
 mod ml;
@@ -80,6 +81,7 @@ pub fn all() -> Vec<Case> {
     window::add(&mut cases);
     resize::add(&mut cases);
     einsum::add(&mut cases);
+    edges::add(&mut cases);
     loss::add(&mut cases);
     more::add(&mut cases);
     sample::add(&mut cases);
@@ -193,9 +195,23 @@ fn elementwise(c: &mut Vec<Case>) {
     c.push(case("Clip", vec![spaced(&[5, 4]), Arg::Missing, Arg::By(vec![], vec![0.6])]).what("upper"));
     c.push(case("Clip", vec![spaced(&[5, 4]), Arg::By(vec![], vec![0.6])]).what("lower"));
     c.push(case("Clip", vec![spaced(&[5, 4])]).what("no bounds"));
+    let crossed = vec![spaced(&[5, 4]), Arg::By(vec![], vec![0.6]), Arg::By(vec![], vec![-0.6])];
+    c.push(case("Clip", crossed).what("crossed bounds"));
+    let constant = |value| Arg::FloatConst(vec![], vec![value]);
+    c.push(case("Clip", vec![spaced(&[5, 4]), constant(-0.6), constant(0.6)]).what("constant bounds"));
+    c.push(case("Clip", vec![spaced(&[5, 4]), constant(0.6), constant(-0.6)]).what("constant bounds, crossed"));
     c.push(case("Cast", vec![by(&[3])]).int("to", 11));
     c.push(case("CastLike", vec![by(&[3]), Arg::Float(vec![1], vec![0.0])]));
     c.push(case("Dropout", vec![by(&[2, 3])]).single());
+    for (mode, ratio, what) in [(false, 0.4, "inference"), (true, 0.0, "nothing dropped")] {
+        let mode = Tensor::Bool(ndarray::ArrayD::from_elem(ndarray::IxDyn(&[]), mode));
+        let ratio = |by: bool| if by { Arg::By(vec![], vec![ratio]) } else { Arg::Float(vec![], vec![ratio]) };
+        c.push(case("Dropout", vec![by(&[2, 3]), ratio(false), Arg::Given(mode.clone())]).single().what(what));
+        c.push(case("Dropout", vec![by(&[2, 3]), ratio(false), Arg::Const(mode.clone())]).single().what(what));
+        if what == "inference" {
+            c.push(case("Dropout", vec![by(&[2, 3]), ratio(true), Arg::Given(mode)]).single().what("ratio"));
+        }
+    }
     c.push(case("Swish", vec![by(&[2, 3])]).float("alpha", 1.3).opsets(&[24]).single());
 }
 
@@ -337,6 +353,20 @@ fn layout(c: &mut Vec<Case>) {
             );
         }
     }
+    for (starts, ends, axes, steps) in [([1, -2], [9, -1], [0, 2], [1, 1]), ([-1, 0], [-9, 4], [2, 0], [-2, 3])] {
+        let x = || by(&[4, 3, 5]);
+        let args = vec![x(), fixed(&starts), fixed(&ends), given(&axes)];
+        c.push(case("Slice", args).what("axes at run time"));
+        let args = vec![x(), given(&starts), given(&ends), fixed(&axes), given(&steps)];
+        c.push(case("Slice", args).what("steps at run time"));
+        c.push(
+            case("Slice", vec![x(), given(&starts), given(&ends), given(&axes), given(&steps)]).what("all at run time"),
+        );
+        c.push(case("Slice", vec![x(), given(&starts), given(&ends)]).what("starts and ends at run time"));
+        let narrow = |values: [i64; 2]| Arg::Given(Tensor::new(&[2], values.map(|v| v as i32).to_vec()));
+        let args = vec![x(), narrow(starts), narrow(ends), narrow(axes), narrow(steps)];
+        c.push(case("Slice", args).what("int32"));
+    }
     c.push(case("Tile", vec![by(&[2, 3]), fixed(&[2, 4])]));
     c.push(case("Tile", vec![by(&[2, 1, 3]), given(&[1, 3, 2])]).what("at run time"));
     c.push(case("Pad", vec![by(&[2, 3]), fixed(&[1, 0, 2, 1])]));
@@ -379,6 +409,14 @@ fn indices(c: &mut Vec<Case>) {
     c.push(case("GatherElements", vec![by(&[3, 4]), Arg::Given(index(&[3, 2], &[0, 0, 2, 1, 3, -1]))]).int("axis", -1));
     c.push(case("GatherND", vec![by(&[3, 4, 2]), Arg::Given(index(&[3, 2], &[0, 1, 2, 3, 0, 1]))]));
     c.push(case("GatherND", vec![by(&[3, 4]), Arg::Given(index(&[2, 1], &[-1, 0]))]).what("rows"));
+    for axis in [0, 1, -1] {
+        let several = Arg::Given(Tensor::new(&[2, 2], vec![0i32, 2, -1, 2]));
+        c.push(case("Gather", vec![by(&[4, 3, 5]), several]).int("axis", axis).what("int32"));
+        let one = Arg::Const(Tensor::scalar(-2i32));
+        c.push(case("Gather", vec![by(&[4, 3, 5]), one]).int("axis", axis).what("int32, one slice"));
+        let each = Arg::Given(Tensor::new(&[2, 2, 1], vec![0i32, 1, -1, 1]));
+        c.push(case("GatherElements", vec![by(&[2, 2, 2]), each]).int("axis", axis).what("int32"));
+    }
     for how in ["none", "add"] {
         let at = Arg::Given(index(&[2, 3], &[0, 1, 3, 2, 0, 1]));
         c.push(
@@ -418,6 +456,19 @@ fn norm(c: &mut Vec<Case>) {
             c.push(form(case.int("axis", axis).float("epsilon", 1e-3)));
         }
         c.push(form(case("LayerNormalization", vec![by(&[3, 5]), by(&[5])])).what("no bias"));
+        if single {
+            // ONNX Runtime gives the statistics in single precision.
+            for (outputs, axis) in [([true, true, true], -1), ([true, false, true], 1), ([false, true, false], 2)] {
+                let params = &[2, 3, 4][if axis < 0 { 2 } else { axis as usize }..];
+                let args = vec![by(&[2, 3, 4]), by(params), between(params, 0.0, 1.0)];
+                let case = case("LayerNormalization", args).int("axis", axis).float("epsilon", 1e-3).single();
+                c.push(case.outputs(&outputs).what("statistics"));
+            }
+            let args = vec![by(&[2, 3, 4]), by(&[4])];
+            let case = case("SimplifiedLayerNormalization", args).float("epsilon", 1e-3).single().opsets(&[17]);
+            c.push(case.clone().outputs(&[true, true]).what("statistics"));
+            c.push(case.outputs(&[false, true]).what("statistics alone"));
+        }
         let rms = case("RMSNormalization", vec![by(&[2, 3, 4]), by(&[4])]).float("epsilon", 1e-3);
         c.push(form(rms.clone().opsets(&[23])));
         c.push(form(
@@ -428,7 +479,11 @@ fn norm(c: &mut Vec<Case>) {
     for dims in [&[2, 3][..], &[2, 3, 4], &[2, 3, 2, 2]] {
         let mut args = vec![by(dims)];
         args.extend(channels());
-        c.push(case("BatchNormalization", args));
+        c.push(case("BatchNormalization", args.clone()));
+        let training = || case("BatchNormalization", args.clone()).int("training_mode", 1).float("epsilon", 1e-3);
+        c.push(training().outputs(&[true, true, true]).what("training"));
+        c.push(training().float("momentum", 0.6).outputs(&[false, true, true]).what("training, running statistics"));
+        c.push(training().outputs(&[true, false, false]).what("training, result alone"));
     }
     c.push(case("InstanceNormalization", vec![by(&[2, 3, 5]), by(&[3]), between(&[3], 0.0, 1.0)]).single());
     c.push(case("InstanceNormalization", vec![by(&[2, 3, 2, 4]), by(&[3]), between(&[3], 0.0, 1.0)]).single());

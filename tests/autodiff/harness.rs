@@ -204,7 +204,7 @@ impl Case {
         }
         let element = if self.single { DataType::Float } else { DataType::Double };
         for (k, used) in self.outputs.iter().enumerate() {
-            let needed = *used || matches!(self.op, "TopK" | "LinearClassifier");
+            let needed = *used || k == 0 || matches!(self.op, "TopK" | "BatchNormalization" | "LinearClassifier");
             node.output.push(if needed { format!("y{k}") } else { String::new() });
             if *used {
                 let mut info = value_info(&format!("y{k}"), element, &[]);

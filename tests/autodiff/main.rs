@@ -1,6 +1,7 @@
 //! Gradients against central finite differences (every rule, whole models, second derivatives) and against PyTorch.
 
 mod cases;
+mod dropout;
 mod gelu;
 mod harness;
 mod left_out;
@@ -11,6 +12,7 @@ mod recurrent;
 mod registry;
 mod second;
 mod sequences;
+mod subgradients;
 mod table;
 mod torch;
 mod whole;

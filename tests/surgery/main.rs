@@ -7,4 +7,5 @@ mod heads;
 mod layers;
 mod models;
 mod properties;
+mod quantized;
 mod random_models;

@@ -1,8 +1,10 @@
-//! Every f32 model in `../shared/models`: ten steps with adapters on all linear layers lower the loss.
+//! Every model in `../shared/models`: ten steps with adapters on all linear layers lower the loss.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use bone_onnx::engine::LoadOptions;
+use bone_onnx::fold::{FoldOptions, QuantizedFold, fold};
 use bone_onnx::onnx::{DataType, Model, Tensor, TensorProto, ValueInfoProto};
 use bone_onnx::train::{self, Loss, TrainOptions};
 use bone_onnx::verify::random_inputs;
@@ -12,7 +14,9 @@ use crate::common::{injected, onnxruntime, shared, write_arrays};
 
 /// The inputs that the model was exported with, where they are kept; else random ones of one row.
 fn inputs(entry: &Value, model: &Model) -> BTreeMap<String, Tensor> {
-    let Some(refs) = entry["refs"].as_str() else { return random_inputs(model, 1, 5, 1).expect("inputs") };
+    let Some(refs) = entry["refs"].as_str() else {
+        return random_inputs(model, 1, 5, 1).expect("inputs");
+    };
     let files = std::fs::read_dir(shared(&format!("models/{refs}"))).expect("references");
     let mut inputs = BTreeMap::new();
     for path in files.map(|e| e.expect("an entry").path()) {
@@ -40,10 +44,10 @@ fn first_output(model: &Model, inputs: &BTreeMap<String, Tensor>, options: &Trai
 fn ten_steps_lower_the_loss_of_every_model() {
     let manifest: Vec<Value> =
         serde_json::from_slice(&std::fs::read(shared("models/manifest.json")).expect("the manifest")).expect("json");
-    let is_f32 = |m: &&Value| m["targets"].as_array().expect("targets").iter().all(|t| t["dtype"] == "float32");
     let mut trained = 0;
     let mut failures = Vec::new();
-    for entry in manifest.iter().filter(is_f32) {
+    // The one that ONNX Runtime does not run: it has heads of 8, and GroupQueryAttention wants multiples of 16.
+    for entry in manifest.iter().filter(|m| m["kind"] != "genai") {
         let name = entry["file"].as_str().expect("a file");
         match ten_steps(entry, &shared(&format!("models/{name}"))) {
             Ok((first, last)) if last < first => trained += 1,
@@ -52,7 +56,7 @@ fn ten_steps_lower_the_loss_of_every_model() {
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
-    assert_eq!(trained, 17);
+    assert_eq!(trained, 19);
 }
 
 /// Loss of the first and of the tenth step. The goal is the base's own output with every other number moved.
@@ -63,7 +67,7 @@ fn ten_steps(entry: &Value, base: &Path) -> Result<(f64, f64), String> {
     let data = dir.path().join("data.safetensors");
     let options = TrainOptions::new(dir.path().join("out"), &data, Loss::Mse);
     let (output, value) = first_output(&model, &inputs, &options);
-    assert_eq!(value.data_type(), DataType::Float);
+    assert!(matches!(value.data_type(), DataType::Float | DataType::Float16));
     let moved =
         value.to_f64().iter().enumerate().map(|(i, v)| *v as f32 + if i % 2 == 0 { 0.3 } else { -0.2 }).collect();
     let goal = Tensor::new(value.dims(), moved);
@@ -74,5 +78,38 @@ fn ten_steps(entry: &Value, base: &Path) -> Result<(f64, f64), String> {
     let injected = injected(base, dir.path(), 8, "all-linear", None);
     let options = TrainOptions { labels: "goal".into(), output: Some(output), steps: Some(10), lr: 3e-3, ..options };
     let summary = train::run(&injected, &options, onnxruntime(), &mut ()).map_err(|e| e.to_string())?;
+    folds(&summary.injected, &inputs, &options.load);
     Ok((summary.steps[0].loss, summary.steps[9].loss))
+}
+
+/// What was learned folds, in each way that there is, to a model with the same outputs.
+fn folds(injected: &Path, inputs: &BTreeMap<String, Tensor>, load: &LoadOptions) {
+    let model = Model::open(injected).expect("a model");
+    let merged = injected.with_file_name("merged.onnx");
+    let outputs = |model: &Model| {
+        let mut session = onnxruntime().load(&model.to_inline().expect("tensors"), load).expect("a session");
+        let names: Vec<String> = session.inputs().to_vec();
+        let given: Vec<(&str, &Tensor)> = names.iter().map(|n| (n.as_str(), &inputs[n])).collect();
+        let output = model.graph().output[0].name().to_string();
+        session.run(&given, &[&output]).expect("a run").remove(0)
+    };
+    let want = outputs(&model);
+    for quantized in [QuantizedFold::Keep, QuantizedFold::Dequantize, QuantizedFold::Requantize] {
+        let options = FoldOptions { safe: true, quantized, ..FoldOptions::default() };
+        let summary = fold(&model, &options, &merged).and_then(|f| f.write(&model, &merged)).expect("a fold");
+        assert_eq!(summary.warnings, Vec::<String>::new());
+        let got = outputs(&Model::open(&merged).expect("a model"));
+        let off = got.to_f64().iter().zip(want.to_f64()).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        // float32 rounds at 6e-8, float16 at 5e-4; integers of 8 bits, of weights and on the way, at a few hundredths.
+        let changes = summary.dequantized.len() + summary.requantized.len();
+        let bound = match want.data_type() {
+            DataType::Float16 => 1e-2,
+            _ if changes > 0 => 5e-2,
+            _ => 2e-5,
+        };
+        assert!(got.dims() == want.dims() && off <= bound, "{}, {quantized:?}: off by {off}", injected.display());
+        if summary.kept.is_empty() && changes == 0 {
+            return;
+        }
+    }
 }

@@ -47,9 +47,15 @@ fn biased(v: &Vjp, activation: fn(&Vjp, &str, &str) -> String) -> Result<Adjoint
     Ok(vec![v.wants(0).then_some(dx), bias])
 }
 
-/// A normalization of input + skip (+ bias), a sum that output 3 gives. `beta`: the place of the shift, where there is
+/// A normalization of input + skip (+ bias), a sum that output 3 gives. (Outputs 1 and 2, mean and 1/σ, are declared but
+/// ONNX Runtime never writes them.) `beta`: the place of the shift, where there is
 /// one (and then a mean is subtracted); `bias`: that of the bias.
 fn skip(v: &Vjp, beta: Option<usize>, bias: usize) -> Result<Adjoints> {
+    if let Some(i) = [1, 2].into_iter().find(|i| v.adjoint(*i).is_some()) {
+        return Err(
+            v.error(format!("its output {i} is a statistic that ONNX Runtime never writes; nothing may use it"))
+        );
+    }
     let input = v.x(0)?;
     let sum = v.forward_output(v.node, 3);
     let rows = rows(v, input, -1)?;
@@ -59,7 +65,7 @@ fn skip(v: &Vjp, beta: Option<usize>, bias: usize) -> Result<Adjoints> {
     };
     let mut parts: Vec<String> = v.adjoint(3).map(String::from).into_iter().collect();
     parts.extend(v.adjoint(0).map(|dy| normalized.backward(dy, v.node.input_at(2), beta.is_some())));
-    let dsum = v.total(parts).ok_or_else(|| v.error("only its statistics are used, whose derivative is not known"))?;
+    let dsum = v.total(parts).ok_or_else(|| v.error("none of its results is used"))?;
 
     let mut adjoints = vec![None; v.node.input.len()];
     for i in [0, 1, bias] {

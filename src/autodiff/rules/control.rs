@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use super::super::declare;
 use super::super::recognise::recognise;
 use super::super::reverse::{Path, Scope, add_constants};
+use super::super::vjp::known;
 use super::{Adjoints, Rules, Vjp};
 use crate::Result;
 use crate::onnx::{AttributeProto, DataType, GraphProto, NodeProto, ValueInfoProto};
@@ -17,10 +18,12 @@ pub(super) fn add(rules: &mut Rules) {
 /// are the adjoints of the outer values that the branches use, zeros where a branch does not use one.
 fn conditional(v: &Vjp) -> Result<Adjoints> {
     let wanted: Vec<String> = (1..v.inputs.len()).filter(|i| v.wants(*i)).map(|i| v.inputs[i].clone()).collect();
+    let condition = v.shapes.elements(v.x(0)?).and_then(|c| known(c.first()?));
     let mut attributes = Vec::new();
-    for name in ["then_branch", "else_branch"] {
+    for (name, when) in [("then_branch", true), ("else_branch", false)] {
         let graph = v.node.attr(name).and_then(|a| a.g.as_ref()).ok_or_else(|| v.error(format!("it has no {name}")))?;
-        attributes.push(AttributeProto::graph(name, branch(v, graph, &wanted)?));
+        let taken = condition.is_none_or(|condition| (condition != 0) == when);
+        attributes.push(AttributeProto::graph(name, branch(v, graph, taken, &wanted)?));
     }
     let mut outputs = v.node("", "If", &[v.x(0)?], attributes, wanted.len()).into_iter();
     Ok((0..v.inputs.len()).map(|i| if i > 0 && v.wants(i) { outputs.next() } else { None }).collect())
@@ -53,7 +56,8 @@ pub(super) fn renamed(v: &Vjp, graph: &GraphProto, outer: &HashMap<String, Strin
     graph
 }
 
-fn branch(v: &Vjp, graph: &GraphProto, wanted: &[String]) -> Result<GraphProto> {
+/// The adjoints of one branch: zeros where it is never `taken`, for there its ranks need not make sense.
+fn branch(v: &Vjp, graph: &GraphProto, taken: bool, wanted: &[String]) -> Result<GraphProto> {
     let graph = &renamed(v, graph, &HashMap::new());
     let shapes = v.shapes.subgraph(graph, v.opset);
     let mut constants = v.constants.clone();
@@ -63,8 +67,8 @@ fn branch(v: &Vjp, graph: &GraphProto, wanted: &[String]) -> Result<GraphProto> 
     let scope = Scope { nodes: &nodes, shapes: &shapes, constants: &constants, rules: v.rules, opset: v.opset };
     let results: Vec<String> = graph.output.iter().map(|o| o.name().to_string()).collect();
     let path = Path::find(scope, &results, wanted)?;
-    let seeds: Vec<(String, String)> =
-        results.into_iter().enumerate().filter_map(|(i, y)| Some((y, v.adjoint(i)?.to_string()))).collect();
+    let seed = |(i, y)| Some((y, v.adjoint(i).filter(|_| taken)?.to_string()));
+    let seeds: Vec<(String, String)> = results.into_iter().enumerate().filter_map(seed).collect();
 
     let (outputs, emitted) = v.emitter.branch(|| -> Result<Vec<ValueInfoProto>> {
         let adjoints = path.reverse(scope, v.emitter, seeds, wanted)?;

@@ -208,25 +208,26 @@ fn extremum(v: &Vjp) -> Result<Adjoints> {
     Ok(hits.iter().enumerate().map(|(i, hit)| v.to_input(i, || v.mul(&share, hit))).collect())
 }
 
-/// Inside the bounds (both included, as in PyTorch) the adjoint passes; outside it belongs to the bound.
+/// y = min(max(x, lo), hi). The adjoint passes inside the bounds, and none at them, as in PyTorch (since 2.14, and ever
+/// in its relu6). Bounds that want an adjoint take part as the operands of Max and Min do.
 fn clip(v: &Vjp) -> Result<Adjoints> {
     let (x, dy) = (v.x(0)?, v.dy()?);
-    let bounds =
-        [v.node.input_at(1).map(|lo| v.greater_or_equal(x, lo)), v.node.input_at(2).map(|hi| v.less_or_equal(x, hi))];
-    let inside = match bounds.iter().flatten().collect::<Vec<_>>().as_slice() {
-        [] => None,
-        [one] => Some(one.to_string()),
-        [lo, hi, ..] => Some(v.and(lo, hi)),
+    let (lo, hi) = (v.node.input_at(1), v.node.input_at(2));
+    if v.wants(1) || v.wants(2) {
+        return v.through(|v| {
+            let raised = lo.map_or(x.to_string(), |lo| v.op("Max", &[x, lo], vec![]));
+            Ok(vec![Some(hi.map_or(raised.clone(), |hi| v.op("Min", &[&raised, hi], vec![])))])
+        });
+    }
+    let inside = match (lo.map(|lo| v.greater(x, lo)), hi.map(|hi| v.less(x, hi))) {
+        (None, None) => return v.first(dy.to_string()),
+        (Some(one), None) | (None, Some(one)) => one,
+        (Some(above), Some(below)) => v.and(above, below),
     };
-    let dx = inside.map_or_else(|| dy.to_string(), |inside| v.mul(dy, v.mask(inside)));
-    let bound = |i: usize| {
-        let outside = v.mask(v.not(bounds.get(i - 1)?.as_ref()?));
-        v.to_input(i, || v.mul(dy, outside))
-    };
-    Ok(vec![Some(dx), bound(1), bound(2)])
+    v.first(v.mul(dy, v.mask(inside)))
 }
 
-fn cast(v: &Vjp) -> Result<Adjoints> {
+pub(super) fn cast(v: &Vjp) -> Result<Adjoints> {
     let x = v.x(0)?;
     v.first(match v.shapes.element(x) {
         Some(element) if v.shapes.element(v.y(0)?) == Some(element) => v.dy()?.to_string(),
@@ -235,25 +236,37 @@ fn cast(v: &Vjp) -> Result<Adjoints> {
     })
 }
 
-/// The identity in inference; in training the mask it drew, scaled by 1/(1 - ratio).
+/// The identity in inference; in training y = x·mask·s with the mask it drew and s = 1/(1 - ratio). While that mask
+/// stays what it is, ∂y/∂ratio = y·s.
 fn dropout(v: &Vjp) -> Result<Adjoints> {
     let dy = v.dy()?;
-    let training = match v.node.input_at(2) {
-        None => false,
-        Some(mode) => match v.constant(mode) {
-            Some(Tensor::Bool(mode)) => mode.iter().any(|m| *m),
-            _ => return Err(v.error("its training_mode must be a constant")),
-        },
+    let Some(training) = v.node.input_at(2) else { return v.first(dy.to_string()) };
+    let constant = match v.constant(training) {
+        Some(Tensor::Bool(mode)) => mode.first().copied(),
+        _ => None,
     };
-    if !training {
+    if constant == Some(false) {
         return v.first(dy.to_string());
     }
-    let ratio = match v.node.input_at(1) {
-        None => 0.5,
-        Some(ratio) => {
-            v.constant(ratio).and_then(|r| r.as_f64()).ok_or_else(|| v.error("its ratio must be a constant"))?
-        }
+    let unless_training = |value: String, otherwise: f64| match constant {
+        Some(_) => value,
+        None => v.select(training, value, v.c(otherwise)),
     };
-    let mask = v.forward_output(v.node, 1);
-    v.first(v.mul(dy, v.mul(v.mask(mask), v.c(1.0 / (1.0 - ratio)))))
+    let ratio = v.node.input_at(1);
+    let scale = match ratio.map(|ratio| (ratio, v.constant(ratio).and_then(Tensor::as_f64))) {
+        None => v.c(2.0),
+        Some((_, Some(ratio))) => v.c(1.0 / (1.0 - ratio)),
+        Some((ratio, None)) => v.reciprocal(v.sub(v.c(1.0), v.cast_like(ratio, dy))),
+    };
+    let kept = v.mask(v.forward_output(v.node, 1));
+    let dx = v.wants(0).then(|| v.mul(dy, v.mul(kept, unless_training(scale.clone(), 1.0))));
+    let d_ratio = match ratio.filter(|_| v.wants(1)) {
+        Some(ratio) => {
+            let sum = v.sum_all(v.mul(dy, v.mul(v.y(0)?, scale)));
+            let sum = v.cast_like(unless_training(sum, 0.0), ratio);
+            Some(v.reshape_like(sum, Some(&[]), ratio))
+        }
+        None => None,
+    };
+    Ok(vec![dx, d_ratio])
 }

@@ -3,7 +3,7 @@
 use super::super::vjp::known;
 use super::{Adjoints, Rules, Vjp};
 use crate::Result;
-use crate::onnx::AttributeProto;
+use crate::onnx::{AttributeProto, DataType};
 
 pub(super) fn add(rules: &mut Rules) {
     rules.vjp("Gather", gather);
@@ -49,8 +49,18 @@ fn with_batch(v: &Vjp, indices: &str) -> Result<String> {
         shape[axis] = -1;
         parts.push(v.expand(v.op("Reshape", &[&along, &v.ints(&shape)], vec![]), v.join(&rows)));
     }
-    parts.push(indices.to_string());
+    parts.push(v.int64(indices));
     Ok(v.concat(&parts, -1))
+}
+
+impl Vjp<'_> {
+    /// Indices as int64, the one type that ScatterND takes.
+    fn int64(&self, indices: &str) -> String {
+        match self.shapes.element(indices) {
+            Some(DataType::Int64) => indices.to_string(),
+            _ => self.cast(indices, DataType::Int64),
+        }
+    }
 }
 
 fn reduction(how: Option<&str>) -> Vec<AttributeProto> {
@@ -88,7 +98,7 @@ fn gather(v: &Vjp) -> Result<Adjoints> {
         widths[rank + axis] = after;
         return v.first(v.pad(&v.unsqueeze(dy, v.ints(&[axis as i64])), &widths));
     }
-    let column = v.unsqueeze(indices, v.ints(&[-1]));
+    let column = v.unsqueeze(v.int64(indices), v.ints(&[-1]));
     if axis == 0 {
         return v.first(scatter_nd(v, &v.zeros_like(x), &column, dy, Some("add")));
     }

@@ -76,15 +76,9 @@ fn axes(v: &Vjp) -> Option<String> {
 fn concat(v: &Vjp) -> Result<Adjoints> {
     let dy = v.dy()?;
     let inputs = (0..v.node.input.len()).map(|i| v.x(i)).collect::<Result<Vec<_>>>()?;
-    let rank = v.rank(v.y(0)?).or_else(|_| v.rank(inputs.first().copied().unwrap_or_default()))?;
-    let axis = v.axis(v.node.attr_i("axis", 0), rank)?;
-    let sizes: Option<Vec<i64>> = inputs.iter().map(|x| known(v.dims(x)?.get(axis)?)).collect();
-    let sizes = match sizes {
-        Some(sizes) => v.ints(&sizes),
-        None => v.concat(&inputs.iter().map(|x| v.dim_of(x, axis)).collect::<Vec<_>>(), 0),
-    };
-    let attributes = vec![AttributeProto::int("axis", axis as i64)];
-    let parts = v.node("", "Split", &[dy, &sizes], attributes, inputs.len());
+    let axis = v.node.attr_i("axis", 0);
+    let sizes = inputs.iter().map(|x| v.dim_at(x, axis)).collect::<Result<Vec<_>>>()?;
+    let parts = v.node("", "Split", &[dy, &v.join(&sizes)], vec![AttributeProto::int("axis", axis)], inputs.len());
     Ok(parts.into_iter().enumerate().map(|(i, part)| v.wants(i).then_some(part)).collect())
 }
 
@@ -95,76 +89,65 @@ fn split(v: &Vjp) -> Result<Adjoints> {
     v.first(v.concat(&parts, v.node.attr_i("axis", 0)))
 }
 
-/// Zeros around dy: by Pad where every step is 1, else (any step, also backwards) by scattering along each axis.
+/// Zeros around dy by Pad where every step is 1 and the axes are known; else dy goes back to where it came from.
 fn slice(v: &Vjp) -> Result<Adjoints> {
-    let (x, y, dy) = (v.x(0)?, v.y(0)?, v.dy()?);
-    let (starts, ends) = (v.x(1)?, v.x(2)?);
-    let rank = v.rank(x)?;
-    let axes = match (v.node.input_at(3), v.constant_ints(3), v.dims(starts)) {
-        (Some(_), Some(axes), _) => axes,
-        (Some(_), None, _) => return Err(v.error("its axes must be constant")),
-        (None, _, Some([Dim::Known(n)])) => (0..*n).collect(),
-        (None, ..) => match v.constant_ints(1) {
-            Some(starts) => (0..starts.len() as i64).collect(),
-            None => return Err(v.error("the number of its axes must be known")),
-        },
-    };
-    let axes = axes.iter().map(|axis| v.axis(*axis, rank)).collect::<Result<Vec<_>>>()?;
-    let steps = match (v.node.input_at(4), v.constant_ints(4)) {
-        (None, _) => vec![1; axes.len()],
-        (Some(_), Some(steps)) => steps,
-        (Some(_), None) => return Err(v.error("its steps must be constant")),
-    };
-    if steps.iter().all(|step| *step == 1) {
-        let mut before = vec![v.ints(&[0]); rank];
-        let mut after = before.clone();
-        let constant = v.constant_ints(1);
-        for (k, axis) in axes.iter().enumerate() {
-            let (full, part) = (v.dim_of(x, *axis), v.dim_of(y, *axis));
-            let size = |value: &str| known(v.dims(value)?.get(*axis)?);
-            let start = constant.as_ref().and_then(|s| s.get(k).copied());
-            let from = match (start, size(x)) {
-                (Some(start), Some(n)) => {
-                    Some(if start < 0 { start.saturating_add(n) } else { start }.clamp(0, n.max(0)))
-                }
-                (Some(0), None) => Some(0),
-                _ => None,
-            };
-            (before[*axis], after[*axis]) = match (from, size(x), size(y)) {
-                (Some(from), Some(n), Some(m)) => (v.ints(&[from]), v.ints(&[n - m - from])),
-                (Some(from), ..) => (v.ints(&[from]), v.sub(v.sub(full, part), v.ints(&[from]))),
-                (None, ..) => {
-                    let start = v.gather_one(starts, k);
-                    let wrapped = v.add(&start, v.select(v.less(&start, v.ints(&[0])), &full, v.ints(&[0])));
-                    let low = v.op("Max", &[&wrapped, &v.ints(&[0])], vec![]);
-                    let from = v.op("Min", &[&low, &full], vec![]);
-                    let after = v.sub(v.sub(full, part), &from);
-                    (from, after)
-                }
-            };
-        }
-        before.extend(after);
-        return v.first(v.pad(dy, &before));
+    match around(v) {
+        Some(widths) => v.first(v.pad(v.dy()?, &widths)),
+        None => back(v),
     }
-    let mut g = dy.to_string();
-    for (k, axis) in axes.iter().enumerate() {
-        let along = v.op("Range", &[&v.int(0), &v.squeeze(v.dim_of(x, *axis), v.ints(&[0])), &v.int(1)], vec![]);
-        let step = v.ints(&[steps.get(k).copied().unwrap_or(1)]);
-        let taken =
-            v.op("Slice", &[&along, &v.gather_one(starts, k), &v.gather_one(ends, k), &v.ints(&[0]), &step], vec![]);
-        let mut shape = vec![1; rank];
-        shape[*axis] = -1;
-        let index = v.expand(v.op("Reshape", &[&taken, &v.ints(&shape)], vec![]), v.shape(&g));
-        let dims: Vec<String> =
-            (0..rank).map(|a| if a == *axis { v.dim_of(x, a) } else { v.op("Shape", &[&g], span(a)) }).collect();
-        let zeros = v.expand(v.c(0.0), v.concat(&dims, 0));
-        g = v.op("ScatterElements", &[&zeros, &index, &g], vec![AttributeProto::int("axis", *axis as i64)]);
-    }
-    v.first(g)
 }
 
-fn span(axis: usize) -> Vec<AttributeProto> {
-    vec![AttributeProto::int("start", axis as i64), AttributeProto::int("end", axis as i64 + 1)]
+/// What a Slice cut off before and behind each axis, those before first; `None` where it takes steps or only a run
+/// tells the axes.
+fn around(v: &Vjp) -> Option<Vec<String>> {
+    let (x, y, starts) = (v.node.input_at(0)?, v.node.output_at(0)?, v.node.input_at(1)?);
+    let rank = v.shapes.rank(x)?;
+    let constant = v.constant_ints(1);
+    let axes = match (v.node.input_at(3), v.dims(starts)) {
+        (Some(_), _) => v.constant_ints(3)?,
+        (None, Some([Dim::Known(n)])) => (0..*n).collect(),
+        (None, _) => (0..constant.as_ref()?.len() as i64).collect(),
+    };
+    if v.node.input_at(4).is_some() && v.constant_ints(4)?.iter().any(|step| *step != 1) {
+        return None;
+    }
+    let mut before = vec![v.ints(&[0]); rank];
+    let mut after = before.clone();
+    for (k, axis) in axes.into_iter().enumerate() {
+        let axis = v.axis(axis, rank).ok()?;
+        let (full, part) = (v.dim_of(x, axis), v.dim_of(y, axis));
+        let size = |value: &str| known(v.dims(value)?.get(axis)?);
+        let start = constant.as_ref().and_then(|s| s.get(k).copied());
+        let from = match (start, size(x)) {
+            (Some(start), Some(n)) => Some(if start < 0 { start.saturating_add(n) } else { start }.clamp(0, n.max(0))),
+            (Some(0), None) => Some(0),
+            _ => None,
+        };
+        (before[axis], after[axis]) = match (from, size(x), size(y)) {
+            (Some(from), Some(n), Some(m)) => (v.ints(&[from]), v.ints(&[n - m - from])),
+            (Some(from), ..) => (v.ints(&[from]), v.sub(v.sub(full, part), v.ints(&[from]))),
+            (None, ..) => {
+                let start = v.gather_one(starts, k);
+                let wrapped = v.add(&start, v.select(v.less(&start, v.ints(&[0])), &full, v.ints(&[0])));
+                let low = v.op("Max", &[&wrapped, &v.ints(&[0])], vec![]);
+                let from = v.op("Min", &[&low, &full], vec![]);
+                let after = v.sub(v.sub(full, part), &from);
+                (from, after)
+            }
+        };
+    }
+    before.extend(after);
+    Some(before)
+}
+
+/// dy at the places in x that its elements come from: what the node itself makes of the elements' numbers.
+fn back(v: &Vjp) -> Result<Adjoints> {
+    let x = v.x(0)?;
+    let numbers = v.reshape(v.op("Range", &[&v.int(0), &v.size(x), &v.int(1)], vec![]), v.shape_of(x));
+    let inputs: Vec<&str> =
+        std::iter::once(numbers.as_str()).chain(v.node.input.iter().skip(1).map(String::as_str)).collect();
+    let from = v.op(v.node.op_type(), &inputs, v.node.attribute.clone());
+    v.first(scatter_flat(v, x, &from, v.dy()?))
 }
 
 impl Vjp<'_> {
@@ -183,6 +166,16 @@ impl Vjp<'_> {
                 }
             }
         }
+    }
+
+    /// Dimension `axis`, which may count from the end, of a value whose rank may not be known; as [`Vjp::dim_of`].
+    fn dim_at(&self, value: &str, axis: i64) -> Result<String> {
+        if let Some(rank) = self.shapes.rank(value) {
+            return Ok(self.dim_of(value, self.axis(axis, rank)?));
+        }
+        let mut span = vec![AttributeProto::int("start", axis)];
+        span.extend((axis != -1).then(|| AttributeProto::int("end", axis.saturating_add(1))));
+        Ok(self.op("Shape", &[value], span))
     }
 
     /// `x` with zeros before and after each axis; `widths` are 1-D values, first those before.
@@ -225,14 +218,7 @@ fn tile(v: &Vjp) -> Result<Adjoints> {
 fn pad(v: &Vjp) -> Result<Adjoints> {
     let dy = v.dy()?;
     if v.node.attr_s("mode").unwrap_or("constant") != "constant" {
-        // Where each element comes from: the same padding of the elements' numbers.
-        let x = v.x(0)?;
-        let numbers = v.op("Range", &[&v.int(0), &v.size(x), &v.int(1)], vec![]);
-        let mut inputs = vec![v.reshape(numbers, v.shape_of(x))];
-        inputs.extend(v.node.input.iter().skip(1).cloned());
-        let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
-        let from = v.op("Pad", &inputs, v.node.attribute.clone());
-        return v.first(scatter_flat(v, x, &from, dy));
+        return back(v);
     }
     let widths = match v.constant_ints(1) {
         Some(widths) => v.ints(&widths.iter().map(|w| w.saturating_neg()).collect::<Vec<_>>()),

@@ -37,6 +37,7 @@ mod rotary;
 mod sample;
 mod scatter;
 mod softmax;
+mod straight;
 mod window;
 mod zero;
 
@@ -44,9 +45,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use super::vjp::{Adjoints, Vjp};
+use super::vjp::{Adjoints, Vjp, is_float};
 use crate::Result;
-use crate::onnx::NodeProto;
+use crate::onnx::{DataType, NodeProto};
 
 /// Emits the adjoints of a node's inputs.
 pub type VjpRule = dyn Fn(&Vjp) -> Result<Adjoints> + Send + Sync;
@@ -83,7 +84,11 @@ pub(super) const MICROSOFT: &str = "com.microsoft";
 
 /// A table of rules by domain (`""` for the default one) and operator.
 #[derive(Debug, Clone, Default)]
-pub struct Rules(BTreeMap<(String, String), Rule>);
+pub struct Rules {
+    rows: BTreeMap<(String, String), Rule>,
+    /// Whether integers stand for real numbers and pass adjoints on.
+    through_integers: bool,
+}
 
 impl Rules {
     /// The rules of this crate.
@@ -124,6 +129,19 @@ impl Rules {
         rules
     }
 
+    /// The table that training uses: [`Rules::standard`], and what is rounded to a grid is passed straight through
+    /// (`straight.rs`). Its gradients are estimates wherever a quantiser is on the way, and equal the others elsewhere.
+    pub fn straight_through() -> Self {
+        let mut rules = Self { through_integers: true, ..Self::standard() };
+        straight::add(&mut rules);
+        rules
+    }
+
+    /// Whether a value of this type can carry an adjoint.
+    pub(super) fn carries(&self, element: DataType) -> bool {
+        is_float(element) || self.through_integers && straight::is_integer(element)
+    }
+
     /// The table with one row more, or another one in its place: for `op` of `domain` (`""` for the default one).
     /// [The module's documentation](crate::autodiff#a-rule-of-your-own) has an example.
     pub fn with(mut self, domain: &str, op: &str, rule: Rule) -> Self {
@@ -132,7 +150,7 @@ impl Rules {
     }
 
     pub(super) fn insert(&mut self, domain: &str, op: &str, rule: Rule) {
-        self.0.insert((domain.into(), op.into()), rule);
+        self.rows.insert((domain.into(), op.into()), rule);
     }
 
     /// Adds a rule of the default domain.
@@ -143,11 +161,11 @@ impl Rules {
     /// The row for `node`'s operator.
     pub fn get(&self, node: &NodeProto) -> Option<&Rule> {
         let domain = if node.domain() == "ai.onnx" { "" } else { node.domain() };
-        self.0.get(&(domain.to_string(), node.op_type().to_string()))
+        self.rows.get(&(domain.to_string(), node.op_type().to_string()))
     }
 
     /// Every row: domain, operator, rule.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str, &Rule)> {
-        self.0.iter().map(|((domain, op), rule)| (domain.as_str(), op.as_str(), rule))
+        self.rows.iter().map(|((domain, op), rule)| (domain.as_str(), op.as_str(), rule))
     }
 }

@@ -8,33 +8,25 @@ use crate::onnx::DataType;
 
 pub(super) fn add(rules: &mut Rules) {
     rules.vjp("LayerNormalization", |v| {
-        only_the_first(v)?;
-        let (x, dy) = (v.x(0)?, v.dy()?);
+        let x = v.x(0)?;
         let n = Normalized::layer(v, x, rows(v, x, v.node.attr_i("axis", -1))?, epsilon(v, 1e-5), Some((1, 2)));
-        let dx = v.wants(0).then(|| n.backward(dy, v.node.input_at(1), true));
-        let dscale = v.to_param(1, x, || v.mul(dy, &n.hat));
-        Ok(vec![dx, dscale, v.to_param(2, x, || dy.into())])
+        let mut adjoints = n.adjoints(x, true, v.adjoint(1), v.adjoint(2));
+        adjoints.push(v.adjoint(0).and_then(|dy| v.to_param(2, x, || dy.into())));
+        Ok(adjoints)
     });
     rules.vjp("RMSNormalization", |v| rms(v, None));
     rules.vjp("SimplifiedLayerNormalization", |v| rms(v, Some(1)));
-    rules.vjp("BatchNormalization", batch);
+    rules.vjp("BatchNormalization", |v| match v.node.attr_i("training_mode", 0) {
+        0 => batch(v),
+        _ => batch_in_training(v),
+    });
     rules.vjp("InstanceNormalization", instance);
 }
 
-/// A gradient that leaves out what comes back through the mean or the deviation would be wrong in silence.
-fn only_the_first(v: &Vjp) -> Result<()> {
-    match (1..v.node.output.len()).find(|i| v.adjoint(*i).is_some()) {
-        Some(i) => Err(v.error(format!("a result depends on its output {i}, whose derivative is not written yet"))),
-        None => Ok(()),
-    }
-}
-
 fn rms(v: &Vjp, inv_std: Option<usize>) -> Result<Adjoints> {
-    only_the_first(v)?;
-    let (x, dy) = (v.x(0)?, v.dy()?);
+    let x = v.x(0)?;
     let n = Normalized::rms(v, x, rows(v, x, v.node.attr_i("axis", -1))?, epsilon(v, 1e-5), inv_std);
-    let dx = v.wants(0).then(|| n.backward(dy, v.node.input_at(1), false));
-    Ok(vec![dx, v.to_param(1, x, || v.mul(dy, &n.hat))])
+    Ok(n.adjoints(x, false, None, inv_std.and_then(|i| v.adjoint(i))))
 }
 
 /// A value normalized along its last axes.
@@ -92,6 +84,37 @@ impl<'v, 'a> Normalized<'v, 'a> {
         }
         v.mul(inner, &self.inv_std)
     }
+
+    /// What comes back to x through its statistics: (shift + x̂·tilt)/n, where shift is the adjoint of the mean and tilt
+    /// is -r²·dr, or 2·dσ²/r.
+    fn through_statistics(&self, x: &str, shift: Option<String>, tilt: Option<String>) -> Option<String> {
+        let v = self.v;
+        let share = |value: String| v.div(value, &self.rows.count);
+        match (shift.map(share), tilt.map(share)) {
+            (None, None) => None,
+            (Some(shift), None) => Some(v.expand_like(shift, x)),
+            (shift, Some(tilt)) => v.total([Some(v.mul(&self.hat, tilt)), shift].into_iter().flatten().collect()),
+        }
+    }
+
+    /// Adjoints of x and of the scale (input 1) from those of the result (output 0), of the mean and of 1/σ.
+    fn adjoints(&self, x: &str, centred: bool, mean: Option<&str>, inv_std: Option<&str>) -> Adjoints {
+        let (v, dy) = (self.v, self.v.adjoint(0));
+        // Statistics may be in single precision where x is not.
+        let own = |adjoint: &str| match v.element() {
+            Some(DataType::Float) => adjoint.to_string(),
+            Some(element) => v.cast(adjoint, element),
+            None => v.cast_like(adjoint, x),
+        };
+        let tilt = |dr: &str| v.neg(v.mul(own(dr), v.mul(&self.inv_std, &self.inv_std)));
+        let dx = || {
+            let direct = dy.map(|dy| self.backward(dy, v.node.input_at(1), centred));
+            let through = self.through_statistics(x, mean.map(own), inv_std.map(tilt));
+            v.total([direct, through].into_iter().flatten().collect())
+        };
+        let dx = if v.wants(0) { dx() } else { None };
+        vec![dx, dy.and_then(|dy| v.to_param(1, x, || v.mul(dy, &self.hat)))]
+    }
 }
 
 /// The operator gives its statistics in single precision only, so wider rules compute their own.
@@ -139,28 +162,75 @@ impl Vjp<'_> {
     }
 }
 
-/// Inference form: y = (x - μ)·s/√(σ² + ε) + b, all parameters per channel (axis 1).
-fn batch(v: &Vjp) -> Result<Adjoints> {
-    if v.node.attr_i("training_mode", 0) != 0 {
-        return Err(v.error("its training mode is not supported"));
+/// One parameter per channel (axis 1) of x.
+struct Channels<'v, 'a> {
+    v: &'v Vjp<'a>,
+    /// The shape of a parameter against x.
+    column: Vec<i64>,
+    /// All other axes, a 1-D int64 value.
+    others: String,
+}
+
+impl<'v, 'a> Channels<'v, 'a> {
+    fn of(v: &'v Vjp<'a>, rank: usize) -> Self {
+        let mut column = vec![1; rank.max(2)];
+        column[1] = -1;
+        column.truncate(rank);
+        let others: Vec<i64> = (0..rank as i64).filter(|axis| *axis != 1).collect();
+        Self { v, column, others: v.ints(&others) }
     }
+
+    /// A parameter that broadcasts to x.
+    fn across(&self, parameter: impl AsRef<str>) -> String {
+        self.v.op("Reshape", &[parameter.as_ref(), &self.v.ints(&self.column)], vec![])
+    }
+
+    /// The sum over all other axes.
+    fn sum(&self, value: impl AsRef<str>) -> String {
+        self.v.reduce_sum(value, &self.others, false)
+    }
+}
+
+/// Inference form: y = (x - μ)·s/√(σ² + ε) + b, all parameters per channel.
+fn batch(v: &Vjp) -> Result<Adjoints> {
     let (x, scale, mean, var, dy) = (v.x(0)?, v.x(1)?, v.x(3)?, v.x(4)?, v.dy()?);
-    let rank = v.rank(x)?;
-    let mut shape = vec![1; rank.max(2)];
-    shape[1] = -1;
-    shape.truncate(rank);
-    let across = |value: &str| v.op("Reshape", &[value, &v.ints(&shape)], vec![]);
-    let others: Vec<i64> = (0..rank as i64).filter(|axis| *axis != 1).collect();
-    let per_channel = |value: String| v.reduce_sum(value, v.ints(&others), false);
+    let channels = Channels::of(v, v.rank(x)?);
     let inv_std = v.reciprocal(v.sqrt(v.add(var, v.c(epsilon(v, 1e-5)))));
     let gain = v.mul(scale, &inv_std);
-    let centred = || per_channel(v.mul(dy, v.sub(x, across(mean))));
+    let centred = || channels.sum(v.mul(dy, v.sub(x, channels.across(mean))));
     Ok(vec![
-        v.wants(0).then(|| v.mul(dy, across(&gain))),
+        v.wants(0).then(|| v.mul(dy, channels.across(&gain))),
         v.wants(1).then(|| v.mul(centred(), &inv_std)),
-        v.wants(2).then(|| per_channel(dy.into())),
-        v.wants(3).then(|| v.neg(v.mul(per_channel(dy.into()), &gain))),
+        v.wants(2).then(|| channels.sum(dy)),
+        v.wants(3).then(|| v.neg(v.mul(channels.sum(dy), &gain))),
         v.wants(4).then(|| v.mul(v.mul(v.mul(centred(), &gain), v.mul(&inv_std, &inv_std)), v.c(-0.5))),
+    ])
+}
+
+/// Training form: y = x̂·s + b by the mean and variance of the batch, which also move the running ones: m·μ + (1 - m)·mean
+/// and m·σ² + (1 - m)·variance.
+fn batch_in_training(v: &Vjp) -> Result<Adjoints> {
+    let (x, scale) = (v.x(0)?, v.x(1)?);
+    let channels = Channels::of(v, v.rank(x)?);
+    let size = |value: &str| v.static_dims(value)?.iter().try_fold(1i64, |n, d| n.checked_mul(*d));
+    let count = v.ratio(x, scale, size(x).zip(size(scale)).and_then(|(x, c)| x.checked_div(c)));
+    let n = Normalized::layer(v, x, Rows { axes: channels.others.clone(), count }, epsilon(v, 1e-5), None);
+    let momentum = f64::from(v.node.attr_f("momentum", 0.9));
+    let (dy, running) = (v.adjoint(0), [v.adjoint(1), v.adjoint(2)]);
+
+    let moved = |d: &str, factor: f64| channels.across(v.mul(d, v.c(factor * (1.0 - momentum))));
+    let dx = || {
+        let direct = dy.map(|dy| n.backward(dy, Some(&channels.across(scale)), true));
+        let (shift, tilt) = (running[0].map(|d| moved(d, 1.0)), running[1].map(|d| v.div(moved(d, 2.0), &n.inv_std)));
+        v.total([direct, n.through_statistics(x, shift, tilt)].into_iter().flatten().collect())
+    };
+    let kept = |i: usize| running[i].filter(|_| v.wants(i + 3)).map(|d| v.mul(d, v.c(momentum)));
+    Ok(vec![
+        if v.wants(0) { dx() } else { None },
+        dy.filter(|_| v.wants(1)).map(|dy| channels.sum(v.mul(dy, &n.hat))),
+        dy.filter(|_| v.wants(2)).map(|dy| channels.sum(dy)),
+        kept(0),
+        kept(1),
     ])
 }
 
@@ -172,14 +242,10 @@ fn instance(v: &Vjp) -> Result<Adjoints> {
         return Err(v.error("its input must have 3 axes or more"));
     }
     let n = Normalized::layer(v, x, rows(v, x, 2)?, epsilon(v, 1e-5), None);
-    let mut shape = vec![1; rank];
-    shape[1] = -1;
-    let others: Vec<i64> = (0..rank as i64).filter(|axis| *axis != 1).collect();
-    let per_channel = |value: String| v.reduce_sum(value, v.ints(&others), false);
-    let across = v.op("Reshape", &[scale, &v.ints(&shape)], vec![]);
+    let channels = Channels::of(v, rank);
     Ok(vec![
-        v.wants(0).then(|| n.backward(dy, Some(&across), true)),
-        v.wants(1).then(|| per_channel(v.mul(dy, &n.hat))),
-        v.wants(2).then(|| per_channel(dy.into())),
+        v.wants(0).then(|| n.backward(dy, Some(&channels.across(scale)), true)),
+        v.wants(1).then(|| channels.sum(v.mul(dy, &n.hat))),
+        v.wants(2).then(|| channels.sum(dy)),
     ])
 }

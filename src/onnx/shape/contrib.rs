@@ -16,6 +16,9 @@ pub(super) const RULES: Rules = &[
     (&["com.microsoft:RotaryEmbedding", "com.microsoft:SimplifiedLayerNormalization"], same),
     (&["com.microsoft:EmbedLayerNormalization"], embed),
     (&["com.microsoft:MatMulNBits"], mat_mul_n_bits),
+    (&["com.microsoft:QLinearAdd", "com.microsoft:QLinearMul"], qlinear_pair),
+    (&["com.microsoft:QLinearSigmoid", "com.microsoft:QLinearLeakyRelu", "com.microsoft:QLinearSoftmax"], same),
+    (&["com.microsoft:QGemm"], qgemm),
     (&["com.microsoft:Attention"], attention),
     (&["com.microsoft:MultiHeadAttention"], multi_head),
     (&["com.microsoft:GroupQueryAttention"], group_query),
@@ -58,6 +61,28 @@ fn mat_mul_n_bits(op: &mut Op) -> Option<()> {
     let mut dims = op.dims(0)?;
     *dims.last_mut()? = Dim::Known(op.node.attr("N")?.i());
     op.out(Some(dims));
+    Some(())
+}
+
+/// Inputs: a, its scale and zero point, b, its scale and zero point, the result's scale and zero point.
+fn qlinear_pair(op: &mut Op) -> Option<()> {
+    same(op)?;
+    let element = op.element(0);
+    let (a, b) = (op.dims(0)?, op.dims(3)?);
+    let dims = op.broadcast(&a, &b);
+    op.set(0, element, Some(dims));
+    Some(())
+}
+
+/// Inputs: a, its scale and zero point, b, its scale and zero point, bias, the result's scale and zero point, without
+/// which that is floating-point.
+fn qgemm(op: &mut Op) -> Option<()> {
+    let element = if op.has(7) { op.element(8).or(op.element(0)) } else { op.element(1) };
+    op.set(0, element, None);
+    let (&[a0, a1], &[b0, b1]) = (op.dims(0)?.as_slice(), op.dims(3)?.as_slice()) else { return None };
+    let rows = if op.node.attr_i("transA", 0) != 0 { a1 } else { a0 };
+    let columns = if op.node.attr_i("transB", 0) != 0 { b0 } else { b1 };
+    op.set(0, element, Some(vec![rows, columns]));
     Some(())
 }
 

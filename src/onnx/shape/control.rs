@@ -122,8 +122,12 @@ fn step(op: &mut Op, shape: Option<&ValueShape>) -> (Option<DataType>, Option<Ve
     (element, dims)
 }
 
-/// States as they began; outputs of the steps stacked along an axis as long as that of the inputs.
+/// States as they began; outputs of the steps stacked along an axis as long as that of the inputs. (Before operator set 9
+/// there was a batch as well.)
 fn scan(op: &mut Op) -> Option<()> {
+    if op.opset < 9 {
+        return None;
+    }
     let graph = op.node.attr("body")?.g.as_ref()?;
     let states = graph.input.len().checked_sub(usize::try_from(op.node.attr_i("num_scan_inputs", 0)).ok()?)?;
     let inner = op.shapes.body(op.node, graph, op.opset);

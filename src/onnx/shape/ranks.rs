@@ -40,6 +40,13 @@ fn needs(shapes: &Shapes, found: &HashMap<String, usize>, node: &NodeProto) -> O
         "Gemm" => vec![(0, 2), (1, 2)],
         "Unsqueeze" => vec![(0, output()?.checked_sub(axes()?)?)],
         "Squeeze" => vec![(0, output()? + axes()?)],
+        "Transpose" => vec![(0, node.attr_ints("perm")?.len())],
+        // A matrix broadcasts to a batch of them, so the batch is the other operand's.
+        "MatMul" => match (rank(node.input_at(0)), rank(node.input_at(1)), output()?) {
+            (None, Some(b @ 2..), all) if b < all => vec![(0, all)],
+            (Some(a @ 2..), None, all) if a < all => vec![(1, all)],
+            _ => return None,
+        },
         "Concat" => {
             let one = node.input.iter().find_map(|x| rank(Some(x))).or_else(output)?;
             (0..node.input.len()).map(|i| (i, one)).collect()

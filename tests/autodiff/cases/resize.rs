@@ -32,11 +32,39 @@ pub fn add(c: &mut Vec<Case>) {
     let axes =
         case("Resize", vec![by(&[1, 2, 3, 4]), Arg::Missing, Arg::Missing, fixed(&[5, 6])]).ints("axes", &[2, 3]);
     c.push(axes.string("mode", "linear").single().opsets(&[18, 21]).what("axes"));
-    let given = Arg::Given(Tensor::new(&[4], vec![1.0f32, 1.0, 2.0, 1.5]));
+    let scales = Arg::Given(Tensor::new(&[4], vec![1.0f32, 1.0, 2.0, 1.5]));
     c.push(
-        case("Resize", vec![by(&[1, 2, 3, 4]), Arg::Missing, given])
+        case("Resize", vec![by(&[1, 2, 3, 4]), Arg::Missing, scales])
             .string("mode", "linear")
             .single()
             .what("at run time"),
     );
+
+    let region = |values: &[f64]| Arg::By(vec![values.len()], values.to_vec());
+    let cropped = |dims: &[usize], roi: &[f64], sizes: &[i64]| {
+        let case = case("Resize", vec![by(dims), region(roi), Arg::Missing, fixed(sizes)]).single();
+        case.string("coordinate_transformation_mode", "tf_crop_and_resize").float("extrapolation_value", 3.0)
+    };
+    let inner = [0.2, 0.16, 0.9, 1.3];
+    let whole = [[0.0, 0.0].as_slice(), &inner[..2], &[1.0, 1.0], &inner[2..]].concat();
+    let linear = |case: Case| case.string("mode", "linear");
+    c.push(linear(cropped(&[2, 3, 4, 5], &whole, &[2, 3, 3, 4])).what("region"));
+    c.push(linear(cropped(&[4, 5], &inner, &[3, 4])).what("region, 2-D"));
+    c.push(linear(cropped(&[1, 2, 4, 5], &whole, &[1, 2, 1, 3])).what("region, one place"));
+    let turned = cropped(&[1, 2, 5, 4], &inner, &[3, 4]).ints("axes", &[3, 2]);
+    c.push(linear(turned).opsets(&[18, 21]).what("region, axes"));
+    c.push(cropped(&[2, 4], &[0.2, 0.1, 0.9, 0.8], &[3, 3]).what("region, nearest"));
+
+    for policy in ["not_larger", "not_smaller"] {
+        for mode in ["nearest", "linear", "cubic"] {
+            for sizes in [fixed(&[8, 9]), fixed(&[3, 6])] {
+                let args = vec![by(&[1, 2, 5, 7]), Arg::Missing, Arg::Missing, sizes];
+                let case = case("Resize", args).string("keep_aspect_ratio_policy", policy).string("mode", mode);
+                c.push(case.ints("axes", &[2, 3]).single().opsets(&[18, 21]).what(policy));
+            }
+        }
+        let args = vec![by(&[4, 3, 5]), Arg::Missing, Arg::Missing, fixed(&[6, 5, 6])];
+        let all = case("Resize", args).string("keep_aspect_ratio_policy", policy);
+        c.push(all.single().opsets(&[18, 21]).what("policy, all axes"));
+    }
 }
