@@ -3,6 +3,7 @@
 mod adapters;
 mod faults;
 mod grad;
+mod quantized;
 
 use std::path::{Path, PathBuf};
 use std::process::Output;

@@ -3,6 +3,7 @@
 mod adapters;
 mod common;
 mod decoder;
+mod doubles;
 mod heads;
 mod layers;
 mod models;

@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 
 use bone_onnx::adapter::{BoneConfig, FOLDED_KEY, InitWeights, Injection, TargetModules};
 use bone_onnx::base::Base;
+use bone_onnx::engine::LoadOptions;
 use bone_onnx::fold::{FoldOptions, FoldSummary, QuantizedFold, fold};
 use bone_onnx::inject::{InjectOptions, inject};
 use bone_onnx::onnx::{Model, Tensor};
 use bone_onnx::select::linears;
 use bone_onnx::unload::unload;
 
-use crate::common::{run, worst};
+use crate::common::{engine, run, worst};
 
 /// A model of `fixtures/quantized`: how its layers are described, and how far folding may move its outputs.
 struct Scheme {
@@ -227,4 +228,107 @@ fn bat_works_where_the_weight_is_there_in_floats_and_is_refused_elsewhere() {
             }
         }
     }
+}
+
+/// What the model computes as it is written: ONNX Runtime's optimizer may make a MatMulNBits of a DequantizeLinear and a
+/// MatMul, which rounds its input to 8 bits.
+fn unoptimized(path: &Path, inputs: &BTreeMap<String, Tensor>) -> Tensor {
+    let model = Model::open(path).expect("a model");
+    let options = LoadOptions { threads: Some(1), optimize: false };
+    let mut session = engine().load(&model.proto, &options).expect("a session");
+    session.run(&[("x", &inputs["x"])], &["y"]).expect("a run").remove(0)
+}
+
+/// DequantizeLinear in all the ways that it is written: per tensor, along either axis, in blocks along either axis, with
+/// and without zero points, turned behind it or by Gemm.
+#[test]
+fn every_layout_of_dequantize_linear_is_read_as_onnx_runtime_reads_it() {
+    use bone_onnx::onnx::proto::OperatorSetIdProto;
+    use bone_onnx::onnx::{AttributeProto, DataType, GraphProto, ModelProto, node, value_info};
+    use prost::Message;
+    let (inputs, outputs) = (7usize, 5usize);
+    let mut cases = 0;
+    for stored_out_in in [false, true] {
+        for gemm in [false, true] {
+            for zero in [false, true] {
+                // Axis and block size; no axis: one scale for all.
+                for (axis, block) in [(None, 0usize), (Some(0usize), 0), (Some(1), 0), (Some(0), 3), (Some(1), 4)] {
+                    let dims = if stored_out_in { [outputs, inputs] } else { [inputs, outputs] };
+                    let scales: Vec<usize> = match (axis, block) {
+                        (None, _) => vec![],
+                        (Some(axis), 0) => vec![dims[axis]],
+                        (Some(axis), block) => {
+                            let mut scales = dims.to_vec();
+                            scales[axis] = dims[axis].div_ceil(block);
+                            scales
+                        }
+                    };
+                    let count: usize = scales.iter().product();
+                    let bytes = |n: usize, by: usize| (0..n).map(|i| ((i * by) % 251) as u8).collect::<Vec<u8>>();
+                    let mut graph = GraphProto { name: Some("layer".into()), ..Default::default() };
+                    graph.input.push(value_info("x", DataType::Float, &["n", "7"]));
+                    graph.output.push(value_info("y", DataType::Float, &["n", "5"]));
+                    graph.initializer = vec![
+                        Tensor::new(&dims, bytes(35, 89)).to_proto("w"),
+                        Tensor::new(&scales, (0..count).map(|i| 0.004 + 0.001 * i as f32).collect()).to_proto("s"),
+                    ];
+                    let mut operands = vec!["w", "s"];
+                    if zero {
+                        graph.initializer.push(Tensor::new(&scales, bytes(count, 37)).to_proto("z"));
+                        operands.push("z");
+                    }
+                    let mut dequantize = node("DequantizeLinear", &operands, &["d"]);
+                    if let Some(axis) = axis {
+                        dequantize.attribute = vec![AttributeProto::int("axis", axis as i64)];
+                        if block > 0 {
+                            dequantize.attribute.push(AttributeProto::int("block_size", block as i64));
+                        }
+                    }
+                    graph.node.push(dequantize);
+                    // Gemm turns what is stored as torch does; MatMul needs a Transpose for it, and so does Gemm's other way.
+                    let mut matrix = "d";
+                    if stored_out_in != gemm {
+                        graph.node.push(node("Transpose", &["d"], &["t"]));
+                        matrix = "t";
+                    }
+                    let mut product = node(if gemm { "Gemm" } else { "MatMul" }, &["x", matrix], &["y"]);
+                    if gemm {
+                        product.attribute = vec![AttributeProto::int("transB", 1)];
+                    }
+                    product.name = Some("/lin/MatMul".into());
+                    graph.node.push(product);
+                    let opset_import = vec![OperatorSetIdProto { domain: None, version: Some(21) }];
+                    let model =
+                        ModelProto { ir_version: Some(10), opset_import, graph: Some(graph), ..Default::default() };
+                    let what =
+                        format!("out_in {stored_out_in}, gemm {gemm}, zero {zero}, axis {axis:?}, block {block}");
+
+                    let dir = tempfile::tempdir().expect("a directory");
+                    let at = |name: &str| dir.path().join(name);
+                    let bytes = model.encode_to_vec();
+                    std::fs::write(at("base.onnx"), &bytes).expect("a file");
+                    let base = Model::open(at("base.onnx")).expect("a model");
+                    let injection = inject(&base, &options(InitWeights::Random, 3)).expect(&what);
+                    injection.write(&base, &at("injected.onnx")).expect("a file");
+                    let model = Model::open(at("injected.onnx")).expect("a model");
+                    let back = model.patched(unload(&model).expect("unload")).expect("a patch");
+                    model.write(back, &at("back.onnx")).expect("a file");
+                    assert_eq!(std::fs::read(at("back.onnx")).expect("a file"), bytes, "{what}");
+                    let summary = folded(&model, QuantizedFold::Dequantize, &at("floats.onnx"));
+                    assert_eq!(summary.dequantized, ["lin"], "{what}: {:?}", summary.warnings);
+                    let summary = folded(&model, QuantizedFold::Requantize, &at("again.onnx"));
+                    let error = summary.requantized.first().expect(&what).error;
+                    let x = (0..21).map(|i| ((i * 29) % 41) as f32 / 20.0 - 1.0).collect();
+                    let given = BTreeMap::from([("x".to_string(), Tensor::new(&[3, 7], x))]);
+                    let [want, floats, again] =
+                        ["injected.onnx", "floats.onnx", "again.onnx"].map(|f| unoptimized(&at(f), &given));
+                    let size = want.to_f64().iter().fold(0f64, |m, v| m.max(v.abs()));
+                    assert!(worst(&want, &floats) <= 1e-5 * size, "{what}: off by {}", worst(&want, &floats));
+                    assert!(worst(&want, &again) <= 4.0 * error * size, "{what}: off by {}", worst(&want, &again));
+                    cases += 1;
+                }
+            }
+        }
+    }
+    assert_eq!(cases, 40);
 }

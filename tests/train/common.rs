@@ -66,6 +66,7 @@ pub fn write_arrays(path: &Path, arrays: &[(&str, &Tensor)]) {
     let views = arrays.iter().zip(&bytes).map(|((name, t), bytes)| {
         let dtype = match t.data_type() {
             DataType::Float => Dtype::F32,
+            DataType::Double => Dtype::F64,
             DataType::Int64 => Dtype::I64,
             DataType::Bool => Dtype::BOOL,
             other => panic!("{name} holds {other:?}"),

@@ -113,3 +113,50 @@ fn folds(injected: &Path, inputs: &BTreeMap<String, Tensor>, load: &LoadOptions)
         }
     }
 }
+
+/// float64: the same network in both types learns the same.
+#[test]
+fn a_model_of_doubles_learns_as_one_of_floats() {
+    use bone_onnx::onnx::proto::OperatorSetIdProto;
+    use bone_onnx::onnx::{GraphProto, ModelProto, node, value_info};
+    use prost::Message;
+    let numbers = |n: usize, seed: usize| (0..n).map(move |i| ((i * 7919 + seed * 31) % 199) as f32 / 99.5 - 1.0);
+    let tensor = |dims: &[usize], seed, double: bool| {
+        let values = numbers(dims.iter().product(), seed);
+        if double {
+            Tensor::new(dims, values.map(f64::from).collect())
+        } else {
+            Tensor::new(dims, values.collect::<Vec<f32>>())
+        }
+    };
+    let losses = [false, true].map(|double| {
+        let element = if double { DataType::Double } else { DataType::Float };
+        let mut graph = GraphProto { name: Some("net".into()), ..Default::default() };
+        graph.input.push(value_info("x", element, &["n", "6"]));
+        graph.output.push(value_info("y", element, &["n", "3"]));
+        graph.initializer =
+            vec![tensor(&[6, 8], 1, double).to_proto("a.weight"), tensor(&[8, 3], 2, double).to_proto("b.weight")];
+        graph.node = vec![
+            node("MatMul", &["x", "a.weight"], &["h"]),
+            node("Tanh", &["h"], &["t"]),
+            node("MatMul", &["t", "b.weight"], &["y"]),
+        ];
+        let opset_import = vec![OperatorSetIdProto { domain: None, version: Some(17) }];
+        let model = ModelProto { ir_version: Some(8), opset_import, graph: Some(graph), ..Default::default() };
+        let dir = tempfile::tempdir().expect("a directory");
+        let base = dir.path().join("base.onnx");
+        std::fs::write(&base, model.encode_to_vec()).expect("a file");
+        let data = dir.path().join("data.safetensors");
+        write_arrays(&data, &[("x", &tensor(&[16, 6], 3, double)), ("goal", &tensor(&[16, 3], 4, false))]);
+        let injected = injected(&base, dir.path(), 2, "all-linear", None);
+        let options = TrainOptions::new(dir.path().join("out"), &data, Loss::Mse);
+        let options =
+            TrainOptions { labels: "goal".into(), steps: Some(10), lr: 1e-2, batch_size: Some(16), ..options };
+        let summary = train::run(&injected, &options, onnxruntime(), &mut ()).expect("a run");
+        summary.steps.iter().map(|s| s.loss).collect::<Vec<f64>>()
+    });
+    assert!(losses[1][9] < 0.9 * losses[1][0], "{:?}", losses[1]);
+    for (float, double) in losses[0].iter().zip(&losses[1]) {
+        assert!((float - double).abs() <= 1e-5 * double, "{losses:?}");
+    }
+}
