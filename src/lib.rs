@@ -7,7 +7,7 @@
 //! | [`onnx`] | the file: schema, lossless read and streaming write, tensors, external data, shapes |
 //! | [`select`] | which nodes are linear layers, the module path of each, PEFT's matching rules |
 //! | [`adapter`] | the config, one file per variant: parameter shapes, init, subgraph, ΔW |
-//! | [`base`], [`inject`], [`fold`], [`unload`] | graph surgery: the base inside an injected model, and the ways there and back |
+//! | [`base`], [`inline`], [`inject`], [`fold`], [`unload`] | graph surgery: the base inside an injected model, and the ways there and back |
 //! | [`peft`], [`export`] | adapters in the forms that others read and write |
 //! | [`autodiff`] | reverse mode, ONNX → ONNX |
 //! | [`grad`] | a model and its gradient in one file |
@@ -25,6 +25,7 @@ pub mod export;
 pub mod fold;
 pub mod grad;
 pub mod inject;
+pub mod inline;
 pub mod onnx;
 pub mod peft;
 pub mod select;

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use crate::Result;
 use crate::adapter::{Injection, METADATA_KEY};
 use crate::base::changed;
+use crate::inline;
 use crate::onnx::{Model, Patch, Scope, walk_graphs};
 
 /// The changes that give back the base of an injected model.
@@ -14,6 +15,7 @@ use crate::onnx::{Model, Patch, Scope, walk_graphs};
 pub fn unload(model: &Model) -> Result<Patch> {
     let record = Injection::expect(model)?;
     let mut patch = strip(model, &record, &HashSet::new())?;
+    inline::restore(model, &record.inlined, &mut patch)?;
     if let Some(head) = &record.head {
         let nodes: HashSet<&str> = head.nodes.iter().map(String::as_str).collect();
         let initializers: HashSet<&str> =

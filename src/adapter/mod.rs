@@ -15,8 +15,8 @@ mod writer;
 pub use config::{Bias, BoneConfig, InitWeights, PeftType, TargetModules, TaskType};
 pub use folded::{FOLDED_KEY, Folded};
 pub use record::{
-    AdapterRecord, HeadRecord, Injection, MAX_SIZE, METADATA_KEY, Pool, Renamed, SavedRecord, TargetRecord, Trainable,
-    Written,
+    AdapterRecord, HeadRecord, Injection, Inlined, MAX_SIZE, METADATA_KEY, Pool, Renamed, SavedRecord, TargetRecord,
+    Trainable, Written,
 };
 pub use values::Adapter;
 pub use variant::{Dims, Layout, Merge, Variant};

@@ -30,6 +30,9 @@ pub struct Injection {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub overridable: bool,
     pub written: Written,
+    /// Calls of functions that are written out, so that layers inside can be adapted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub inlined: Vec<Inlined>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head: Option<HeadRecord>,
 }
@@ -80,6 +83,16 @@ pub struct Written {
     pub outputs: Vec<Renamed>,
     /// Inputs of base nodes that read an added value.
     pub inputs: Vec<Renamed>,
+}
+
+/// A call of a model-local function in whose place the function's nodes stand.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Inlined {
+    pub function: String,
+    /// Names of the nodes.
+    pub nodes: Vec<String>,
+    /// The call as it was: the bytes of its node, in hexadecimal digits.
+    pub call: String,
 }
 
 /// A value's name in the base file, and the name that stands there now; that one stands nowhere else.
@@ -133,6 +146,7 @@ impl Default for Injection {
             active: Vec::new(),
             overridable: false,
             written: Written::default(),
+            inlined: Vec::new(),
             head: None,
         }
     }

@@ -57,6 +57,12 @@ impl Writer<'_> {
         self.op("Transpose", "turned", &[matrix], vec![AttributeProto::ints("perm", &[1, 0])])
     }
 
+    pub fn reshaped(&mut self, value: &str, what: &str, dims: &[usize]) -> String {
+        let dims: Vec<i64> = dims.iter().map(|d| *d as i64).collect();
+        let shape = self.ints(&dims);
+        self.op("Reshape", what, &[value, &shape], Vec::new())
+    }
+
     pub fn cast(&mut self, value: &str, what: &str, to: DataType) -> String {
         self.op("Cast", what, &[value], vec![AttributeProto::int("to", to as i64)])
     }
@@ -74,6 +80,12 @@ impl Writer<'_> {
 
     pub fn flag(&mut self, value: bool) -> String {
         self.constants.get(&format!("bone.flag.{value}"), self.names, || Tensor::from(ndarray::arr0(value).into_dyn()))
+    }
+
+    /// A float32 matrix of zeros.
+    pub fn zeros(&mut self, rows: usize, columns: usize) -> String {
+        let name = format!("bone.zeros.{rows}x{columns}");
+        self.constants.get(&name, self.names, || Tensor::from(Array2::<f32>::zeros((rows, columns)).into_dyn()))
     }
 
     /// [`tile::selection`]

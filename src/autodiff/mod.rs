@@ -78,6 +78,7 @@ pub use emit::Emitter;
 pub use rules::{Rule, Rules};
 pub use vjp::{Adjoints, Vjp};
 
+use crate::onnx::functions;
 use crate::onnx::shape::Shapes;
 use crate::onnx::upgrade::upgrade;
 use crate::onnx::{DataType, GraphProto, ModelProto, NodeProto, ValueInfoProto, value_info};
@@ -135,6 +136,7 @@ pub fn gradient(model: &ModelProto, request: &Request) -> Result<Gradient> {
 /// As [`gradient`].
 pub fn gradient_with(model: &ModelProto, request: &Request, rules: &Rules) -> Result<Gradient> {
     let mut model = model.clone();
+    functions::write_out(&mut model)?;
     upgrade(&mut model, OPSET)?;
     let shapes = Shapes::infer(&model, &request.input_dims);
     let emitter = Emitter::new(&model);

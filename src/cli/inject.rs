@@ -26,6 +26,11 @@ pub struct Args {
     #[arg(long)]
     target_modules: Option<String>,
 
+    /// Layers by the names of their nodes, for files without module paths: comma-separated names in full, or one regex
+    /// that matches whole names
+    #[arg(long)]
+    target_nodes: Option<String>,
+
     /// Layers to leave out, spelled as --target-modules
     #[arg(long)]
     exclude_modules: Option<String>,
@@ -183,6 +188,7 @@ impl Args {
         Ok(InjectOptions {
             adapter_name: self.adapter_name.clone(),
             config,
+            target_nodes: self.target_nodes.as_deref().map(TargetModules::parse),
             head: self.head_options()?,
             seed: self.seed,
             overridable: self.overridable,

@@ -8,11 +8,10 @@ use serde_json::{Map, Value, json};
 use super::adapter::describe;
 use super::printer::Printer;
 use crate::Result;
-use crate::adapter::Injection;
-use crate::base::Base;
+use crate::inline::Layers;
 use crate::onnx::proto::tensor_shape_proto::dimension::Value as DimValue;
 use crate::onnx::{DataType, Model, Scope, ValueInfoProto, data_type_name};
-use crate::select::NameRule;
+use crate::select::{Linear, NameRule};
 
 /// Show a model's linear layers, adapters, inputs and outputs
 #[derive(clap::Args)]
@@ -43,8 +42,17 @@ struct Layer {
     /// How the weight is quantised, where it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     quantized: Option<String>,
-    /// Which rule found the module path.
+    /// Which rule found the module path, and how sure that is.
     named_by: NameRule,
+    confidence: &'static str,
+    /// The packed layer of which this is a part, and its first output there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    part_of: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    first_output: Option<usize>,
+    /// The model-local function whose call has the layer inside.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    function: Option<String>,
     /// Why the layer cannot be adapted, where it cannot.
     #[serde(skip_serializing_if = "Option::is_none")]
     not_adaptable: Option<String>,
@@ -59,27 +67,11 @@ struct Port {
 
 pub fn run(args: Args, printer: &Printer) -> Result<()> {
     let model = Model::open(&args.model)?;
-    let record = Injection::read(&model)?;
-    let linears = Base::of(&model, record.as_ref())?.linears();
+    let layers = Layers::of(&model)?;
     let graph = model.graph();
     let report = Report {
-        linears: linears
-            .into_iter()
-            .map(|l| Layer {
-                module: l.module.clone(),
-                graph: graph_path(&model, &l.scope),
-                node: l.node_name,
-                op: l.op,
-                weight: l.weight.name,
-                in_features: l.in_features,
-                out_features: l.out_features,
-                dtype: data_type_name(l.data_type),
-                quantized: l.quantized.as_ref().map(|q| q.describe()),
-                named_by: l.rule,
-                not_adaptable: l.adaptable.err(),
-            })
-            .collect(),
-        adapters: record.iter().flat_map(|r| r.adapters.iter().map(|a| describe(r, a, &model))).collect(),
+        linears: layers.linears.iter().map(|l| describe_layer(&layers, layers.model(&model), l)).collect(),
+        adapters: layers.record.iter().flat_map(|r| r.adapters.iter().map(|a| describe(r, a, &model))).collect(),
         inputs: graph
             .input
             .iter()
@@ -96,6 +88,26 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     };
     printer.result(&report, |p| print(&report, p));
     Ok(())
+}
+
+fn describe_layer(layers: &Layers, model: &Model, l: &Linear) -> Layer {
+    Layer {
+        module: l.module.clone(),
+        graph: graph_path(model, &l.scope),
+        node: l.node_name.clone(),
+        op: l.op.clone(),
+        weight: l.weight.name.clone(),
+        in_features: l.in_features,
+        out_features: l.out_features,
+        dtype: data_type_name(l.data_type),
+        quantized: l.quantized.as_ref().map(|q| q.describe()),
+        named_by: l.rule,
+        confidence: l.rule.confidence(),
+        part_of: l.part.as_ref().map(|p| p.of.clone()),
+        first_output: l.part.as_ref().map(|p| p.start),
+        function: layers.function(l).map(str::to_string),
+        not_adaptable: l.adaptable.as_ref().err().cloned(),
+    }
 }
 
 /// `main`, or the way down: node and attribute at each level.
@@ -142,17 +154,39 @@ fn print(report: &Report, p: &Printer) {
     let rows = report.linears.iter().map(|l| {
         vec![
             l.module.clone().unwrap_or_else(|| "-".into()),
+            match l.confidence {
+                "none" => "-".into(),
+                sure => format!("{sure}: {}", l.named_by.clue()),
+            },
             l.op.clone(),
             format!("{} → {}", l.in_features, l.out_features),
             l.quantized.clone().unwrap_or_else(|| l.dtype.into()),
             l.weight.clone(),
             l.node.clone(),
-            l.not_adaptable.clone().unwrap_or_default(),
+            remark(l),
         ]
     });
-    p.table(&["module", "op", "in → out", "dtype", "weight", "node", ""], rows.collect());
+    p.table(&["module", "name", "op", "in → out", "dtype", "weight", "node", ""], rows.collect());
     p.line("");
-    p.line(&format!("{} linear layers", report.linears.len()));
+    let parts = report.linears.iter().filter(|l| l.part_of.is_some()).count();
+    p.line(&match parts {
+        0 => format!("{} linear layers", report.linears.len()),
+        _ => format!("{} linear layers, and {parts} parts of them", report.linears.len() - parts),
+    });
+}
+
+fn remark(l: &Layer) -> String {
+    let mut remarks = Vec::new();
+    remarks.extend(l.function.as_ref().map(|f| format!("in a call of {f}")));
+    remarks.extend(l.part_of.as_ref().map(|whole| match l.not_adaptable {
+        None => {
+            let first = l.first_output.unwrap_or(0);
+            format!("outputs {first} to {} of {whole}", first + l.out_features)
+        }
+        Some(_) => format!("part of {whole}"),
+    }));
+    remarks.extend(l.not_adaptable.clone());
+    remarks.join("; ")
 }
 
 fn port(info: &ValueInfoProto) -> Port {

@@ -6,8 +6,9 @@ use std::io::Write;
 
 use bytes::Bytes;
 
+use super::part::Partly;
 use super::values::{least_common_multiple, narrowed, transposed, widened};
-use super::{FoldOptions, Layer};
+use super::{FoldOptions, Layer, Stacked};
 use crate::adapter::{Layout, Merge};
 use crate::base::Base;
 use crate::inject::place::{self, turned};
@@ -89,7 +90,7 @@ impl Merger<'_> {
                 }
             };
             let node = self.base.node(&linear.scope, linear.node);
-            self.patch.graph(&self.base.scope(&linear.scope)).rename_input(node, 1, &name);
+            self.patch.graph(&self.base.scope(&linear.scope)).rename_input(node, linear.matrix, &name);
         }
         Ok(())
     }
@@ -112,7 +113,8 @@ impl Merger<'_> {
             });
             [columns, rows]
         };
-        self.add(name, &dims, &tensor, value)
+        let shaped = linear.form.shape(linear.in_features, linear.out_features, linear.trans_b);
+        self.add(name, shaped.as_deref().unwrap_or(&dims), &tensor, value)
     }
 
     /// A new initializer of the main graph, kept where `like` is.
@@ -184,15 +186,19 @@ impl Merger<'_> {
     pub(super) fn mergers(&self, layer: &Layer, linear: &Linear) -> Result<Vec<(String, Box<dyn Merge>)>> {
         let layout = Layout { out_in: linear.is_stored_out_in(), alpha: linear.alpha };
         let mut mergers = Vec::new();
-        for adapter in &layer.stack {
+        for Stacked { adapter, on } in &layer.stack {
             let failed = |what: String| {
-                let text = format!("module {}, adapter {}: {what}", layer.module, adapter.name);
+                let text = format!("module {}, adapter {}: {what}", on.path, adapter.name);
                 Error::Check(text)
             };
-            let dims = adapter.config.dims(linear.in_features, linear.out_features).map_err(failed)?;
-            let Some(Tensor::F32(block)) = adapter.blocks.get(layer.module) else { continue };
+            let dims = adapter.config.dims(on.in_features, on.out_features).map_err(failed)?;
+            let Some(Tensor::F32(block)) = adapter.blocks.get(&on.path) else { continue };
             let variant = adapter.config.init_weights.variant();
-            let merger = variant.merger(&dims, layout, block.view(), self.options.undo).map_err(failed)?;
+            let mut merger = variant.merger(&dims, layout, block.view(), self.options.undo).map_err(failed)?;
+            if let Some(part) = &on.part {
+                let outputs = part.start..part.start + on.out_features;
+                merger = Box::new(Partly { merger, outputs, out_in: layout.out_in });
+            }
             mergers.push((adapter.name.clone(), merger));
         }
         if self.options.undo {
@@ -209,7 +215,7 @@ impl Merger<'_> {
         let mergers = self.mergers(layer, linear)?;
         let (safe, module, data_type) = (self.options.safe, layer.module.to_string(), linear.data_type);
         let progress = self.options.progress.clone();
-        let additive = layer.stack.iter().all(|a| a.config.init_weights.variant().is_additive());
+        let additive = layer.stack.iter().all(|s| s.adapter.config.init_weights.variant().is_additive());
         let size = match data_type {
             DataType::Double => 8,
             DataType::Float => 4,

@@ -5,6 +5,7 @@
 mod dead;
 mod grid;
 mod merge;
+mod part;
 mod quantized;
 mod values;
 
@@ -18,6 +19,7 @@ use crate::adapter::{Adapter, Injection};
 use crate::base::Base;
 use crate::inject::place::Site;
 use crate::inject::{extract, fit};
+use crate::inline;
 use crate::onnx::external;
 use crate::onnx::{Due, Durability, Model, Names, Patch, Rope, Tensor, copy_external, write_atomic};
 use crate::select::{self, Linear, Source};
@@ -56,6 +58,7 @@ pub struct Folded {
     external: Vec<Due>,
     durability: Durability,
     pub summary: FoldSummary,
+    opened: Option<Model>,
 }
 
 /// What a fold did.
@@ -78,11 +81,35 @@ pub struct FoldSummary {
     pub warnings: Vec<String>,
 }
 
+impl FoldSummary {
+    /// The modules whose adapters were folded.
+    fn adapted(&self) -> impl Iterator<Item = &str> {
+        let plain = self.merged.iter().chain(&self.copied).chain(&self.kept).chain(&self.dequantized);
+        plain.chain(self.requantized.iter().map(|l| &l.module)).map(String::as_str)
+    }
+}
+
 /// One adapted layer: its nodes in the base, and what its weight takes in, in order.
 struct Layer<'a> {
     module: &'a str,
     calls: Vec<&'a Linear>,
-    stack: Vec<&'a Adapter>,
+    stack: Vec<Stacked<'a>>,
+}
+
+/// An adapter on a layer, or on a part of one.
+struct Stacked<'a> {
+    adapter: &'a Adapter,
+    on: &'a Linear,
+}
+
+impl Layer<'_> {
+    /// The modules that change: the layer, or parts of it.
+    fn changed(&self) -> impl Iterator<Item = String> {
+        let mut names: Vec<String> = self.stack.iter().map(|s| s.on.path.clone()).collect();
+        names.sort_unstable();
+        names.dedup();
+        names.into_iter()
+    }
 }
 
 /// Plans the fold. Adapters are read, weights are not.
@@ -91,6 +118,16 @@ struct Layer<'a> {
 /// No adapter, an unknown one, or one that does not fit; layers where adapters of two kinds meet; a merge that has no
 /// way back.
 pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> {
+    let (mut folded, opened) = inline::opened(model, |model, _| {
+        let folded = fold_into(model, options, out)?;
+        let modules = folded.summary.adapted().map(str::to_string).collect();
+        Ok((folded, modules))
+    })?;
+    folded.opened = opened;
+    Ok(folded)
+}
+
+fn fold_into(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> {
     let record = match Injection::read(model)? {
         None if options.extra.is_empty() => Some(Injection::expect(model)?),
         record => record,
@@ -135,10 +172,10 @@ pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> 
             && layer.calls.iter().all(|c| c.is_stored_out_in() == first.is_stored_out_in() && c.alpha == first.alpha);
         if alone && taken.insert(root) {
             merge.in_place(layer)?;
-            summary.merged.push(layer.module.to_string());
+            summary.merged.extend(layer.changed());
         } else {
             merge.as_copy(layer, &mut names)?;
-            summary.copied.push(layer.module.to_string());
+            summary.copied.extend(layer.changed());
         }
     }
     quantized::fold(&mut merge, &quantized, &adapters, &ours, &mut names, &mut summary)?;
@@ -164,12 +201,13 @@ pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> 
         }
     }
     let external = merge.external;
-    Ok(Folded { patch, external, durability: options.durability, summary })
+    Ok(Folded { patch, external, durability: options.durability, summary, opened: None })
 }
 
 impl Folded {
     /// Writes the merged model to `out` (which may be the injected model's own path).
     pub fn write(self, model: &Model, out: &Path) -> Result<FoldSummary> {
+        let model = self.opened.as_ref().unwrap_or(model);
         let rope = model.patched(self.patch)?;
         copy_external(model, &external::locations(model)?, out, self.durability)?;
         if !self.external.is_empty()
@@ -236,32 +274,42 @@ fn chosen(
     Ok(adapters)
 }
 
-/// The adapted layers, each with the adapters on it in their order.
+/// The adapted layers, each with the adapters on it (and on parts of it) in their order.
 fn layers<'a>(adapters: &'a [Adapter], linears: &'a [Linear]) -> Result<Vec<Layer<'a>>> {
+    let mut modules: HashMap<&str, Vec<&Linear>> = HashMap::new();
+    for linear in linears {
+        let known = modules.entry(linear.whole()).or_default();
+        if known.iter().all(|l| l.path != linear.path) {
+            known.push(linear);
+        }
+    }
     let mut layers: Vec<Layer> = Vec::new();
     let mut at: HashMap<&str, usize> = HashMap::new();
-    for linear in linears {
-        match at.get(linear.path.as_str()) {
-            Some(index) => layers[*index].calls.push(linear),
-            None => {
-                let stack: Vec<&Adapter> = adapters.iter().filter(|a| a.blocks.contains_key(&linear.path)).collect();
-                let Some(first) = stack.first() else { continue };
-                let kind = |a: &Adapter| a.config.init_weights.variant().name();
-                if let Some(other) = stack.iter().find(|a| kind(a) != kind(first)) {
-                    return Err(Error::config(format!(
-                        "module {}: adapter {} is {}, but {} is {}; only adapters of one kind are merged into a layer \
-                         together. Choose with --adapter-names",
-                        linear.path,
-                        first.name,
-                        kind(first),
-                        other.name,
-                        kind(other)
-                    )));
-                }
-                at.insert(&linear.path, layers.len());
-                layers.push(Layer { module: &linear.path, calls: vec![linear], stack });
-            }
+    for linear in linears.iter().filter(|l| l.part.is_none()) {
+        if let Some(index) = at.get(linear.path.as_str()) {
+            layers[*index].calls.push(linear);
+            continue;
         }
+        let mut stack: Vec<Stacked> = Vec::new();
+        for adapter in adapters {
+            let on = modules.get(linear.path.as_str()).into_iter().flatten();
+            stack.extend(on.filter(|l| adapter.blocks.contains_key(&l.path)).map(|on| Stacked { adapter, on }));
+        }
+        let Some(first) = stack.first() else { continue };
+        let kind = |s: &Stacked| s.adapter.config.init_weights.variant().name();
+        if let Some(other) = stack.iter().find(|s| kind(s) != kind(first)) {
+            return Err(Error::config(format!(
+                "module {}: adapter {} is {}, but {} is {}; only adapters of one kind are merged into a layer \
+                 together. Choose with --adapter-names",
+                linear.path,
+                first.adapter.name,
+                kind(first),
+                other.adapter.name,
+                kind(other)
+            )));
+        }
+        at.insert(&linear.path, layers.len());
+        layers.push(Layer { module: &linear.path, calls: vec![linear], stack });
     }
     Ok(layers)
 }
@@ -276,7 +324,7 @@ fn saved<'a>(adapters: &'a [Adapter], layers: &[Layer]) -> Result<BTreeMap<&'a s
                 None => layers
                     .iter()
                     .find(|l| path.strip_suffix(".weight") == Some(l.module))
-                    .map(|l| format!("adapted by {}", l.stack[0].name)),
+                    .map(|l| format!("adapted by {}", l.stack[0].adapter.name)),
             };
             if let Some(clash) = clash {
                 return Err(Error::config(format!(

@@ -66,14 +66,14 @@ pub(super) fn fold(
     summary: &mut FoldSummary,
 ) -> Result<()> {
     let mode = merge.options.quantized;
-    let mut kept: BTreeSet<&str> = BTreeSet::new();
+    let mut kept: BTreeSet<String> = BTreeSet::new();
     let mut cut = Cut::default();
     let base = merge.base;
     let values = Values::of(base.graph());
     for layer in layers {
         let refused = match mode {
             QuantizedFold::Keep => {
-                kept.insert(layer.module);
+                kept.extend(layer.changed());
                 continue;
             }
             QuantizedFold::Requantize => obstacle(layer, ours),
@@ -84,7 +84,7 @@ pub(super) fn fold(
         match refused {
             Some(why) => {
                 summary.warnings.push(format!("{}: its adapter stays beside it: {why}", layer.module));
-                kept.insert(layer.module);
+                kept.extend(layer.changed());
             }
             None if mode == QuantizedFold::Requantize => {
                 summary.requantized.push(merge.requantized(layer)?);
@@ -98,7 +98,7 @@ pub(super) fn fold(
     cut.drop(base, &values, merge.patch);
     if !kept.is_empty() {
         keep(merge, adapters, &kept, names)?;
-        summary.kept = kept.into_iter().map(str::to_string).collect();
+        summary.kept = kept.into_iter().collect();
     }
     Ok(())
 }
@@ -142,7 +142,7 @@ fn cannot_be_plain(linear: &Linear, values: &Values, module: &str, adapters: &[A
 }
 
 /// Puts the adapters of the modules `kept` into the merged model as nodes and initializers, and notes which they are.
-fn keep(merge: &mut Merger, adapters: &[Adapter], kept: &BTreeSet<&str>, names: &mut Names) -> Result<()> {
+fn keep(merge: &mut Merger, adapters: &[Adapter], kept: &BTreeSet<String>, names: &mut Names) -> Result<()> {
     let linears = merge.base.linears();
     let site = Site { model: merge.model, base: merge.base, linears: &linears };
     let mut record = Injection::default();
@@ -150,7 +150,7 @@ fn keep(merge: &mut Merger, adapters: &[Adapter], kept: &BTreeSet<&str>, names: 
     for adapter in adapters {
         let mut part = adapter.clone();
         part.saved.clear();
-        part.blocks.retain(|module, _| kept.contains(module.as_str()));
+        part.blocks.retain(|module, _| kept.contains(module));
         if part.blocks.is_empty() {
             continue;
         }
@@ -166,7 +166,7 @@ fn keep(merge: &mut Merger, adapters: &[Adapter], kept: &BTreeSet<&str>, names: 
         add_initializer(&merge.model.proto, merge.patch, tensor, false);
     }
     let mut folded = Folded::read(merge.model);
-    folded.beside.extend(kept.iter().map(|m| m.to_string()));
+    folded.beside.extend(kept.iter().cloned());
     folded.nodes.extend(emission.written.nodes);
     let json = serde_json::to_string(&folded).map_err(|e| Error::model(format!("the note cannot be written: {e}")))?;
     merge.patch.set_metadata.push((FOLDED_KEY.into(), json));
@@ -240,8 +240,8 @@ impl Merger<'_> {
             let graph = graph.ok_or_else(|| Error::model("a subgraph is gone"))?;
             let scope = self.base.scope(&linear.scope);
             if linear.reads_floats() {
-                self.patch.graph(&scope).rename_input(self.base.node(&linear.scope, linear.node), 1, &weight);
-                cut.inputs.push((graph, linear.node, 1));
+                self.patch.graph(&scope).rename_input(self.base.node(&linear.scope, linear.node), linear.matrix, &weight);
+                cut.inputs.push((graph, linear.node, linear.matrix));
             } else {
                 self.plain_product(linear, graph, &weight, values, names, cut)?;
             }

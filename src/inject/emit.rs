@@ -1,8 +1,10 @@
 //! Writes the nodes of a model's active adapters around each adapted node of the base.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use super::emission::{Edit, Emission, Form, TILED_GEMM, TILED_MATMUL};
+use super::product;
 use crate::adapter::{
     AdapterRecord, BoneConfig, Constants, Dims, Injection, Layout, Renamed, SavedRecord, Variant, Writer, tile,
 };
@@ -23,14 +25,36 @@ struct Call<'a> {
     linear: &'a Linear,
     node: &'a NodeProto,
     stack: &'a [Stacked<'a>],
-    dims: &'a [Dims],
 }
 
-/// An adapter on a layer.
+/// An adapter on a layer, or on a part of one.
 struct Stacked<'a> {
+    module: &'a str,
     adapter: &'a str,
     config: &'a BoneConfig,
     parameter: &'a str,
+    /// Sizes of the module, which may be a part.
+    dims: Dims,
+    /// The layer's outputs that are the part.
+    part: Option<Range<usize>>,
+}
+
+impl Stacked<'_> {
+    fn variant(&self) -> &'static dyn Variant {
+        self.config.init_weights.variant()
+    }
+
+    /// Sizes of what an additive adapter adds to a layer of `outputs`.
+    fn whole(&self, outputs: usize) -> Dims {
+        Dims { outputs, ..self.dims }
+    }
+
+    /// The nodes of the block of such an adapter, of all the layer's columns.
+    fn write_block(&self, outputs: usize, writer: &mut Writer) -> String {
+        writer.prefix = format!("{}.bone.{}", self.module, self.adapter);
+        let block = self.variant().write_block(&self.dims, self.parameter, writer);
+        product::widened(block, self.dims.r, self.part.as_ref(), outputs, writer)
+    }
 }
 
 /// Plans the nodes of `record`'s active adapters on `base`.
@@ -41,7 +65,7 @@ pub(crate) fn emit(base: &Base, record: &Injection, names: &mut Names, form: For
     let linears = base.linears();
     let mut emitter = Emitter { base, names, form, shared: Constants::default(), emission: Emission::default() };
     emitter.saved(record, &linears)?;
-    for (path, stack) in stacks(record)? {
+    for (path, stack) in stacks(record, &linears)? {
         let in_full = record.active().find(|a| a.saved.iter().any(|s| s.path.strip_suffix(".weight") == Some(path)));
         if let Some(other) = in_full {
             return Err(Error::config(format!(
@@ -49,20 +73,11 @@ pub(crate) fn emit(base: &Base, record: &Injection, names: &mut Names, form: For
                 stack[0].adapter, other.name
             )));
         }
-        let calls: Vec<&Linear> = linears.iter().filter(|l| l.path == path).collect();
-        let Some(first) = calls.first() else {
-            return Err(Error::model(format!("module {path} is no linear layer of this model any more")));
-        };
-        let dims = stack
-            .iter()
-            .map(|s| s.config.dims(first.in_features, first.out_features))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|what| Error::config(format!("module {path}: {what}")))?;
-        let variant = stack[0].config.init_weights.variant();
+        let variant = stack[0].variant();
         let mut made = HashMap::new();
-        for linear in &calls {
+        for linear in linears.iter().filter(|l| l.path == path) {
             let node = &base.graph_at(&linear.scope)?.node[linear.node];
-            emitter.call(&Call { path, linear, node, stack: &stack, dims: &dims }, variant, &mut made)?;
+            emitter.call(&Call { path, linear, node, stack: &stack }, variant, &mut made)?;
         }
     }
     let Emitter { shared, mut emission, .. } = emitter;
@@ -71,25 +86,43 @@ pub(crate) fn emit(base: &Base, record: &Injection, names: &mut Names, form: For
     Ok(emission)
 }
 
-/// The active adapters of each module, in the order they apply.
-fn stacks(record: &Injection) -> Result<Vec<(&str, Vec<Stacked<'_>>)>> {
+/// The active adapters of each layer, those of its parts among them, in the order they apply.
+fn stacks<'a>(record: &'a Injection, linears: &'a [Linear]) -> Result<Vec<(&'a str, Vec<Stacked<'a>>)>> {
     let mut stacks: Vec<(&str, Vec<Stacked>)> = Vec::new();
     let mut at: HashMap<&str, usize> = HashMap::new();
+    let mut by_path: HashMap<&str, &Linear> = HashMap::new();
+    for linear in linears {
+        by_path.entry(&linear.path).or_insert(linear);
+    }
     for adapter in record.active() {
         for target in &adapter.targets {
-            let stacked = Stacked { adapter: &adapter.name, config: &adapter.config, parameter: &target.parameter };
-            let index = *at.entry(&target.module).or_insert(stacks.len());
+            let module = target.module.as_str();
+            let Some(linear) = by_path.get(module) else {
+                return Err(Error::model(format!("module {module} is no linear layer of this model any more")));
+            };
+            let config = &adapter.config;
+            let dims = config.dims(linear.in_features, linear.out_features);
+            let stacked = Stacked {
+                module,
+                adapter: &adapter.name,
+                config,
+                parameter: &target.parameter,
+                dims: dims.map_err(|what| Error::config(format!("module {module}: {what}")))?,
+                part: linear.part.as_ref().map(|p| p.start..p.start + linear.out_features),
+            };
+            let whole = linear.whole();
+            let index = *at.entry(whole).or_insert(stacks.len());
             if index == stacks.len() {
-                stacks.push((&target.module, Vec::new()));
+                stacks.push((whole, Vec::new()));
             }
             let stack = &mut stacks[index].1;
             if let Some(below) = stack.first() {
-                let kinds = [below, &stacked].map(|s| s.config.init_weights.variant().name());
+                let kinds = [below, &stacked].map(|s| s.variant().name());
                 if kinds[0] != kinds[1] {
                     return Err(Error::config(format!(
-                        "module {}: adapter {} is {}, but {} is {}; only adapters of one kind work together on a layer \
+                        "module {module}: adapter {} is {}, but {} is {}; only adapters of one kind work together on a layer \
                          (PEFT fails on others, or computes something else). To choose: `bone-onnx adapter activate --adapters {}`",
-                        target.module, below.adapter, kinds[0], stacked.adapter, kinds[1], stacked.adapter
+                        below.adapter, kinds[0], stacked.adapter, kinds[1], stacked.adapter
                     )));
                 }
             }
@@ -132,9 +165,16 @@ impl Emitter<'_> {
             && linear.element == DataType::Float
             && is_plain
             && dropouts.iter().all(Option::is_none);
+        if linear.form == select::Form::Within && dropouts.iter().any(Option::is_some) {
+            return Err(Error::config(format!(
+                "miss_dropout: module {} is a part of what {} does, so its inputs cannot drop out for the adapter alone; \
+                 set it to 0",
+                call.path, linear.op
+            )));
+        }
         match variant.is_additive() {
-            true if !tiles => self.branch(call, &dropouts),
-            additive => self.weight(call, additive, made),
+            true if !tiles && linear.form != select::Form::Within => self.branch(call, &dropouts),
+            _ => self.weight(call, tiles && variant.is_additive(), made),
         }
     }
 
@@ -157,7 +197,7 @@ impl Emitter<'_> {
 
     /// `y = base(x) + S(x)·D₁ + S(x)·D₂ …`, in float32 where the base computes in less, as PEFT does.
     fn branch(&mut self, call: &Call, dropouts: &[Option<(f64, u64)>]) -> Result<()> {
-        let Call { path, linear, stack, dims, .. } = *call;
+        let Call { path, linear, stack, .. } = *call;
         let exit = &self.base.graph_at(&linear.scope)?.node[linear.beside.exit];
         let Some(output) = exit.output_at(0) else { return Ok(()) };
         let (half, double) = (is_half(linear.element), linear.element == DataType::Double);
@@ -179,17 +219,18 @@ impl Emitter<'_> {
             x = writer.cast(&x, "x", DataType::Float);
             sum = writer.cast(&sum, "wide", DataType::Float);
         }
-        for (i, (stacked, dims)) in stack.iter().zip(dims).enumerate() {
-            writer.prefix = format!("{path}.bone.{}", stacked.adapter);
+        for (i, stacked) in stack.iter().enumerate() {
+            writer.prefix = format!("{}.bone.{}", stacked.module, stacked.adapter);
             let seen = match dropouts[i] {
                 Some((p, seed)) => dropped(&mut writer, &x, p, seed),
                 None => x.clone(),
             };
-            let mut block = stacked.config.init_weights.variant().write_block(dims, stacked.parameter, &mut writer);
+            let mut block = stacked.write_block(linear.out_features, &mut writer);
             if double {
                 block = writer.cast(&block, "block", DataType::Double);
             }
-            let delta = tile::write_branch(dims, &seen, &block, linear.element, &mut writer);
+            let dims = stacked.whole(linear.out_features);
+            let delta = product::write_branch(&linear.form, &dims, (&seen, &block), linear.element, &mut writer);
             let is_last = i + 1 == stack.len();
             if is_last && !half && integers.is_none() {
                 writer.op_to("Add", &[&sum, &delta], output, Vec::new());
@@ -214,8 +255,8 @@ impl Emitter<'_> {
 
     /// The node reads W' in place of W. With `tiles` it gets the blocks, too, for its derivative rule.
     fn weight(&mut self, call: &Call, tiles: bool, made: &mut HashMap<(Scope, String, bool), Adapted>) -> Result<()> {
-        let Call { path, linear, node, stack, dims } = *call;
-        let Some(weight) = node.input_at(1) else { return Ok(()) };
+        let Call { path, linear, node, stack } = *call;
+        let Some(weight) = node.input_at(linear.matrix) else { return Ok(()) };
         let key = (linear.scope.clone(), weight.to_string(), linear.trans_b);
         if !made.contains_key(&key) {
             let adapted = self.adapted(call, weight);
@@ -224,40 +265,49 @@ impl Emitter<'_> {
         }
         let adapted = &made[&key];
         let mut blocks = Vec::new();
-        for (block, dims) in adapted.blocks.iter().zip(dims) {
+        for (block, stacked) in adapted.blocks.iter().zip(stack) {
             blocks.push(block.clone());
-            blocks.push(self.writer(path, stack[0].adapter).selection(dims.inputs, dims.r));
+            blocks.push(self.writer(path, stack[0].adapter).selection(stacked.dims.inputs, stacked.dims.r));
         }
         let op = if node.is("Gemm") { TILED_GEMM } else { TILED_MATMUL };
         let edit = self.edit(linear);
-        edit.inputs.push((1, adapted.weight.clone()));
+        edit.inputs.push((linear.matrix, adapted.weight.clone()));
         edit.tiled = tiles.then_some((op, blocks));
         Ok(())
     }
 
     /// Writes W' before the node.
     fn adapted(&mut self, call: &Call, weight: &str) -> Adapted {
-        let Call { path, linear, stack, dims, .. } = *call;
+        let Call { path, linear, stack, .. } = *call;
         let mut blocks = Vec::new();
         let layout = Layout { out_in: linear.trans_b, alpha: linear.alpha };
         // In float32 whatever the base computes in, as PEFT does.
         let converts = linear.element != DataType::Float;
+        let (inputs, outputs) = (linear.in_features, linear.out_features);
+        let shape = linear.form.shape(inputs, outputs, linear.trans_b);
         let mut writer = self.writer(path, stack[0].adapter);
         let mut weight = weight.to_string();
         if converts {
             weight = writer.cast(&weight, "float32", DataType::Float);
         }
-        for (stacked, dims) in stack.iter().zip(dims) {
-            writer.prefix = format!("{path}.bone.{}", stacked.adapter);
-            let variant = stacked.config.init_weights.variant();
-            weight = if variant.is_additive() {
-                let block = variant.write_block(dims, stacked.parameter, &mut writer);
-                let adapted = tile::write_weight(dims, layout, &weight, &block, &mut writer);
+        if shape.is_some() {
+            let matrix = if linear.trans_b { [outputs, inputs] } else { [inputs, outputs] };
+            weight = writer.reshaped(&weight, "matrix", &matrix);
+        }
+        for stacked in stack {
+            writer.prefix = format!("{}.bone.{}", stacked.module, stacked.adapter);
+            weight = if stacked.variant().is_additive() {
+                let block = stacked.write_block(outputs, &mut writer);
+                let adapted = tile::write_weight(&stacked.whole(outputs), layout, &weight, &block, &mut writer);
                 blocks.push(block);
                 adapted
             } else {
-                variant.write_weight(dims, layout, &weight, stacked.parameter, &mut writer)
+                let (sizes, part) = ((&stacked.dims, layout), (stacked.part.as_ref(), outputs));
+                product::write_weight(stacked.variant(), sizes, &weight, stacked.parameter, part, &mut writer)
             };
+        }
+        if let Some(shape) = shape {
+            weight = writer.reshaped(&weight, "shaped", &shape);
         }
         if converts {
             weight = writer.cast(&weight, "weight", linear.element);

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::place::{Site, turned};
-use super::{InjectSummary, check_free, check_name, rewrite};
-use crate::adapter::{Adapter, AdapterRecord, Injection};
+use super::{InjectSummary, Injected, check_free, check_name, rewrite};
+use crate::adapter::{Adapter, AdapterRecord, Injection, Inlined};
 use crate::base::Base;
 use crate::onnx::{Model, Patch, Tensor};
 use crate::select::{self, Version};
@@ -80,20 +80,31 @@ pub fn rename(model: &Model, from: &str, to: &str) -> Result<Patch> {
 /// # Errors
 /// Everything that does not fit, listed; with `allow_partial` that goes into the summary's warnings instead, and the
 /// rest is taken.
-pub fn import(model: &Model, mut adapter: Adapter, allow_partial: bool, overridable: bool) -> Result<super::Injected> {
+pub fn import(model: &Model, adapter: Adapter, allow_partial: bool, overridable: bool) -> Result<Injected> {
+    Injected::with_calls(model, &|model, calls| import_into(model, adapter.clone(), allow_partial, overridable, calls))
+}
+
+fn import_into(
+    model: &Model,
+    mut adapter: Adapter,
+    allow_partial: bool,
+    overridable: bool,
+    calls: &[Inlined],
+) -> Result<Injected> {
     check_name(&adapter.name)?;
     adapter.config.validate()?;
     let old = Injection::read(model)?;
     let mut record = old.clone().unwrap_or_default();
     check_free(model, &record, &adapter.name)?;
     record.overridable |= overridable;
+    record.inlined.extend_from_slice(calls);
     let base = Base::of(model, old.as_ref())?;
     let mut summary = InjectSummary { adapter: adapter.name.clone(), ..Default::default() };
     let linears = base.linears();
     let site = Site { model, base: &base, linears: &linears };
     fit(&site, &mut adapter, allow_partial, &mut summary.warnings)?;
     let patch = rewrite(model, &base, old.as_ref(), &mut record, &[adapter], &mut summary)?;
-    Ok(super::Injected { patch, summary })
+    Ok(Injected { patch, summary, opened: None })
 }
 
 /// Holds an adapter against a model: takes out what does not fit, or fails with a list of it.

@@ -6,6 +6,7 @@ pub(crate) mod emit;
 mod head;
 mod manage;
 pub(crate) mod place;
+mod product;
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -18,8 +19,9 @@ pub use head::HeadOptions;
 pub use manage::{activate, delete, extract, import, rename};
 pub(crate) use manage::{collect, fit};
 
-use crate::adapter::{Adapter, AdapterRecord, BoneConfig, HeadRecord, Injection, METADATA_KEY, TargetModules};
+use crate::adapter::{Adapter, AdapterRecord, BoneConfig, HeadRecord, Injection, Inlined, METADATA_KEY, TargetModules};
 use crate::base::Base;
+use crate::inline;
 use crate::onnx::{Durability, Model, Names, Patch, Tensor, copy_external, external};
 use crate::select::{self, Version};
 use crate::unload::strip;
@@ -33,6 +35,8 @@ pub struct InjectOptions {
     pub adapter_name: String,
     /// Without `target_modules`, PEFT's choice for the model's architecture; with a head, none.
     pub config: BoneConfig,
+    /// Layers by the names of their nodes, beside `target_modules`.
+    pub target_nodes: Option<TargetModules>,
     pub head: Option<HeadOptions>,
     /// Seed of random initial values.
     pub seed: u64,
@@ -47,6 +51,7 @@ impl Default for InjectOptions {
         Self {
             adapter_name: "default".into(),
             config: BoneConfig::default(),
+            target_nodes: None,
             head: None,
             seed: 0,
             overridable: false,
@@ -57,8 +62,10 @@ impl Default for InjectOptions {
 
 /// A finished injection, not yet written.
 pub struct Injected {
+    /// The changes, of the model that was given, or of it with calls of functions written out.
     pub patch: Patch,
     pub summary: InjectSummary,
+    opened: Option<Model>,
 }
 
 /// What an injection did, for people and pipelines.
@@ -104,6 +111,10 @@ pub struct LeftOut {
 /// An unusable config; target modules that match nothing (with what there is instead); an adapter name that is taken;
 /// a layer that holds an adapter of another kind.
 pub fn inject(model: &Model, options: &InjectOptions) -> Result<Injected> {
+    Injected::with_calls(model, &|model, calls| inject_into(model, options, calls))
+}
+
+fn inject_into(model: &Model, options: &InjectOptions, calls: &[Inlined]) -> Result<Injected> {
     let mut config = options.config.clone();
     config.validate()?;
     check_name(&options.adapter_name)?;
@@ -111,12 +122,16 @@ pub fn inject(model: &Model, options: &InjectOptions) -> Result<Injected> {
     let mut record = old.clone().unwrap_or_default();
     check_free(model, &record, &options.adapter_name)?;
     record.overridable |= options.overridable;
+    record.inlined.extend_from_slice(calls);
 
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
     let mut summary = InjectSummary { adapter: options.adapter_name.clone(), ..Default::default() };
     let mut added = Vec::new();
     let base = Base::of(model, old.as_ref())?;
     let linears = base.linears();
+    if let Some(nodes) = &options.target_nodes {
+        config.target_modules = Some(select::with_nodes(&linears, nodes, config.target_modules.as_ref())?);
+    }
     if config.target_modules.is_none() && options.head.is_none() {
         let defaults = select::default_targets(model, &linears)?;
         let modules = defaults.modules.join(", ");
@@ -149,13 +164,34 @@ pub fn inject(model: &Model, options: &InjectOptions) -> Result<Injected> {
         record.head = Some(head);
         note(&mut patch, &record)?;
     }
-    Ok(Injected { patch, summary })
+    Ok(Injected { patch, summary, opened: None })
 }
 
 impl Injected {
+    /// What `attempt` gives for a model of which some calls of functions may be written out.
+    fn with_calls(model: &Model, attempt: &dyn Fn(&Model, &[Inlined]) -> Result<Self>) -> Result<Self> {
+        let (mut injected, opened) = inline::opened(model, |model, calls| {
+            let mut injected = attempt(model, calls)?;
+            if !calls.is_empty() {
+                let mut functions: Vec<&str> = calls.iter().map(|c| c.function.as_str()).collect();
+                functions.sort_unstable();
+                functions.dedup();
+                injected.summary.warnings.push(format!(
+                    "{} calls of functions are written out, since layers inside are adapted: {}",
+                    calls.len(),
+                    functions.join(", ")
+                ));
+            }
+            let modules = injected.summary.targets.iter().map(|t| t.module.clone()).collect();
+            Ok((injected, modules))
+        })?;
+        injected.opened = opened;
+        Ok(injected)
+    }
+
     /// Writes the injected model to `out` (which may be the base's own path), with its external data beside it.
     pub fn write(self, model: &Model, out: &Path) -> Result<InjectSummary> {
-        write(model, self.patch, out)?;
+        write(self.opened.as_ref().unwrap_or(model), self.patch, out)?;
         Ok(self.summary)
     }
 }

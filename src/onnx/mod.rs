@@ -7,6 +7,7 @@
 mod atomic;
 mod build;
 pub mod external;
+pub mod functions;
 mod model;
 mod names;
 mod patch;

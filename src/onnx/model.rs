@@ -22,6 +22,8 @@ pub struct Model {
     pub proto: ModelProto,
     /// Files beside the model that hold tensors.
     pub external: ExternalData,
+    /// True where `source` is what the file at `path` holds, and not made from it.
+    is_file: bool,
 }
 
 impl Model {
@@ -33,7 +35,7 @@ impl Model {
             return Err(Error::file(path, "this is not a file"));
         }
         let source = map_file(path).map_err(Error::io("read", path))?;
-        Self::from_bytes(path, source)
+        Ok(Self { is_file: true, ..Self::from_bytes(path, source)? })
     }
 
     /// Decodes `source`; `path` names it in messages, and external data is looked for beside it.
@@ -60,7 +62,7 @@ impl Model {
             return Err(Error::file(path, "this is not a usable ONNX model: it imports no operator set"));
         }
         let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        Ok(Self { path: path.into(), source, proto, external: ExternalData::beside(dir) })
+        Ok(Self { path: path.into(), source, proto, external: ExternalData::beside(dir), is_file: false })
     }
 
     pub fn graph(&self) -> &GraphProto {
@@ -150,6 +152,28 @@ impl Model {
         Ok(())
     }
 
+    /// The model that results from `patch`, in memory; its external data is this one's.
+    pub fn edited(&self, patch: Patch) -> Result<Self> {
+        let bytes = self.patched(patch)?.into_bytes().map_err(|e| e.at(&self.path))?;
+        Self::from_bytes(&self.path, bytes)
+    }
+
+    /// The bytes of a node as they stand in the file.
+    pub fn node_bytes(&self, scope: &Scope, index: usize) -> Result<Bytes> {
+        use super::patch::{ATTRIBUTE_GRAPH, GRAPH_NODE, MODEL_GRAPH, NODE_ATTRIBUTE};
+        let nth = |message: &Bytes, field: u32, n: usize| {
+            let records = super::wire::records(message).map_err(|what| Error::file(&self.path, what))?;
+            let found = records.into_iter().filter(|r| r.field == field).nth(n).map(|r| r.body);
+            found.ok_or_else(|| Error::file(&self.path, "a node is gone"))
+        };
+        let mut graph = nth(&self.source, MODEL_GRAPH, 0)?;
+        for (node, attribute) in scope {
+            let node = nth(&graph, GRAPH_NODE, *node)?;
+            graph = nth(&nth(&node, NODE_ATTRIBUTE, *attribute)?, ATTRIBUTE_GRAPH, 0)?;
+        }
+        nth(&graph, GRAPH_NODE, index)
+    }
+
     /// The file that results from `patch`.
     pub fn patched(&self, patch: Patch) -> Result<Rope> {
         patch.apply(&self.source).map_err(|what| Error::file(&self.path, what))
@@ -164,7 +188,7 @@ impl Model {
     pub fn write_as(&self, rope: Rope, path: &Path, durability: Durability) -> Result<()> {
         let origin = File::open(&self.path).ok().filter(|f| {
             // Only while the path still names the file that was mapped can the kernel copy from it.
-            f.metadata().is_ok_and(|m| m.len() == self.source.len() as u64)
+            self.is_file && f.metadata().is_ok_and(|m| m.len() == self.source.len() as u64)
         });
         super::write_atomic(path, rope, origin.as_ref().map(|f| (f, &self.source)), durability)
     }

@@ -19,14 +19,14 @@ pub type Scope = Vec<(usize, usize)>;
 // Field numbers of onnx-ml.proto.
 pub(super) const MODEL_GRAPH: u32 = 7;
 const MODEL_METADATA: u32 = 14;
-const GRAPH_NODE: u32 = 1;
+pub(super) const GRAPH_NODE: u32 = 1;
 const GRAPH_INITIALIZER: u32 = 5;
 const GRAPH_INPUT: u32 = 11;
 const GRAPH_OUTPUT: u32 = 12;
 const NODE_INPUT: u32 = 1;
 const NODE_OUTPUT: u32 = 2;
-const NODE_ATTRIBUTE: u32 = 5;
-const ATTRIBUTE_GRAPH: u32 = 6;
+pub(super) const NODE_ATTRIBUTE: u32 = 5;
+pub(super) const ATTRIBUTE_GRAPH: u32 = 6;
 const TENSOR_RAW_DATA: u32 = 9;
 /// Fields of TensorProto that hold a value: float/int32/string/int64 data, raw data, double/uint64 data, external.
 const TENSOR_VALUES: [u32; 9] = [4, 5, 6, 7, 9, 10, 11, 13, 14];
@@ -89,6 +89,14 @@ impl GraphPatch {
     /// Node `node` reads `name` as its input `nth`.
     pub fn rename_input(&mut self, node: usize, nth: usize, name: &str) {
         self.renames.entry(node).or_default().push((NODE_INPUT, nth, name.into()));
+    }
+
+    /// Node `node` becomes `bytes`, whatever else was to change in it or around it.
+    pub(crate) fn put_back(&mut self, node: usize, bytes: Bytes) {
+        self.renames.remove(&node);
+        self.insert_before.remove(&node);
+        self.insert_after.remove(&node);
+        self.replace_nodes.insert(node, bytes);
     }
 
     /// Output `nth` of node `node` is called `name`.

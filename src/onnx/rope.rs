@@ -73,6 +73,18 @@ impl Rope {
         rope
     }
 
+    /// All of it, in memory.
+    pub fn into_bytes(self) -> Result<Bytes, RopeError> {
+        let mut bytes = Vec::with_capacity(self.len);
+        for piece in self.pieces {
+            match piece {
+                Piece::Ready(ready) => bytes.extend_from_slice(&ready),
+                Piece::Due(due) => (due.write)(&mut bytes)?,
+            }
+        }
+        Ok(bytes.into())
+    }
+
     /// Writes everything at the file's position. `origin` is the file that `mapped` was read from: long slices of it
     /// go from file to file inside the kernel (a reflink where the file system has them), not through memory.
     pub fn write_to(self, out: &mut File, origin: Option<(&File, &Bytes)>) -> Result<(), RopeError> {

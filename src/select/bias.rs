@@ -32,7 +32,7 @@ const ADDERS: [(&str, &str, usize); 5] = [
 ];
 
 /// Nodes a product's value passes on its way to the bias: quantizers put them there.
-const BETWEEN: [&str; 4] = ["Cast", "Mul", "QuantizeLinear", "DequantizeLinear"];
+pub const BETWEEN: [&str; 4] = ["Cast", "Mul", "QuantizeLinear", "DequantizeLinear"];
 
 /// A bias, and the node input that reads it.
 pub struct Added<'a> {
@@ -68,6 +68,7 @@ pub fn added_bias<'a>(
     own: Option<usize>,
     is_quantized: bool,
     out_features: usize,
+    follows: bool,
 ) -> Option<Added<'a>> {
     let bias = |graph: usize, node: usize, input: usize| {
         let constant = trace(values, graph, values.node(graph, node)?.input_at(input)?)?;
@@ -75,6 +76,9 @@ pub fn added_bias<'a>(
     };
     if let Some(own) = own.and_then(|i| bias(graph, node, i)) {
         return Some(own);
+    }
+    if !follows {
+        return None;
     }
     let (mut graph, mut node) = (graph, node);
     for _ in 0..=BETWEEN.len() {

@@ -33,7 +33,9 @@ pub struct Constant<'a> {
     pub transposed: bool,
     /// Shape at the end of the chain.
     pub dims: Vec<usize>,
-    /// Why the stored tensor is not what arrives at the end, transpositions apart.
+    /// True where the stored tensor has another shape; its elements lie in the same order.
+    pub reshaped: bool,
+    /// Why the stored tensor is not what arrives at the end, transpositions and shapes apart.
     pub changed: Option<&'static str>,
 }
 
@@ -52,7 +54,16 @@ fn trace_within<'a>(values: &Values<'a>, graph: usize, name: &'a str, budget: &m
     let scope = &values.graphs.get(root.0)?.scope;
     let start = |source, tensor: &'a TensorProto| {
         let dims = tensor.dims.iter().map(|d| usize::try_from(*d).ok()).collect::<Option<_>>()?;
-        Some(Constant { root, source, tensor, via: Vec::new(), transposed: false, dims, changed: None })
+        Some(Constant {
+            root,
+            source,
+            tensor,
+            via: Vec::new(),
+            transposed: false,
+            dims,
+            reshaped: false,
+            changed: None,
+        })
     };
     match definition {
         Definition::Input => None,
@@ -109,9 +120,12 @@ fn pass<'a>(values: &Values<'a>, graph: usize, node: &'a NodeProto, budget: &mut
             _ => return None,
         },
         "Reshape" => {
-            let dims = reshaped(&constant.dims, &shape_of(values, graph, node)?)?;
+            let dims = reshaped(&constant.dims, &ints(values, graph, node.input_at(1)?)?)?;
             if dims != constant.dims {
-                constant.changed = Some("is reshaped by a Reshape");
+                if constant.transposed {
+                    constant.changed = Some("is transposed and then reshaped");
+                }
+                constant.reshaped = true;
                 constant.dims = dims;
             }
         }
@@ -132,7 +146,12 @@ fn is_chain(node: &NodeProto) -> bool {
 
 /// The target shape of a `Reshape`, where it is a constant.
 pub(super) fn shape_of<'a>(values: &Values<'a>, graph: usize, node: &'a NodeProto) -> Option<Vec<i64>> {
-    let ((at, _), definition) = values.lookup(graph, node.input_at(1)?)?;
+    ints(values, graph, node.input_at(1)?)
+}
+
+/// The 64-bit integers behind `name`, where they are stored in the file.
+pub fn ints<'a>(values: &Values<'a>, graph: usize, name: &'a str) -> Option<Vec<i64>> {
+    let ((at, _), definition) = values.lookup(graph, name)?;
     let tensor = match definition {
         Definition::Initializer(i) => values.initializer(at, i)?,
         Definition::Node(n) => {

@@ -71,6 +71,9 @@ const SIGNATURES: [(&[&str], &str); 16] = [
 /// # Errors
 /// The architecture is not known; the message lists the layers there are.
 pub fn default_targets(model: &Model, linears: &[Linear]) -> Result<Defaults> {
+    // Parts of a packed layer have names that tell another architecture.
+    let linears: Vec<Linear> = linears.iter().filter(|l| l.part.is_none()).cloned().collect();
+    let linears = linears.as_slice();
     let model_type = configured(&model.path);
     if let Some(model_type) = &model_type
         && let Some(modules) = targets_of(model_type, linears)

@@ -1,13 +1,16 @@
 //! The linear layers of a model: nodes that multiply by a constant matrix, in the main graph and in every subgraph.
 //!
 //! A matrix that is fixed by design and not learned (a mel filter bank, say) looks like any other and is found as
-//! well; leave such a node out with `exclude_modules`. Bodies of model-local functions are not searched.
+//! well; leave such a node out with `exclude_modules`. Bodies of model-local functions are searched where their calls
+//! are written out ([`crate::inline`]).
 
 use std::collections::{HashMap, HashSet};
 
 use super::bias::{BiasUse, added_bias};
 use super::constant::{Constant, Source, Step, final_readers, trace};
+use super::form::{Form, Sum, channels};
 use super::module_path::{Clues, NameRule, is_call_of, module_path, scopes_of};
+use super::packed::{self, Part};
 use super::quantized::{self, Beside, Quantized};
 use super::values::{Reader, ValueId, Values};
 use crate::onnx::{DataType, GraphProto, Model, NodeProto, Scope, data_type_name};
@@ -22,6 +25,9 @@ pub struct Linear {
     pub node_name: String,
     /// `MatMul`, `Gemm`, ….
     pub op: String,
+    pub form: Form,
+    /// Which input of the node is the matrix.
+    pub matrix: usize,
     /// The module path, where one can be read from the file. PEFT's rules match on it.
     pub module: Option<String>,
     /// How the path was found.
@@ -41,11 +47,15 @@ pub struct Linear {
     /// Where a float path beside the layer starts and ends.
     pub beside: Beside,
     pub trans_a: bool,
+    /// The node reads its matrix as `[out, in]`.
     pub trans_b: bool,
     pub alpha: f32,
     pub beta: f32,
     /// The one-dimensional constant that is added.
     pub bias: Option<BiasUse>,
+    /// Set where this is not the node's whole product but one of the modules that it packs together; its weight is the
+    /// whole's.
+    pub part: Option<Part>,
     /// Why no adapter can be put here, if so.
     pub adaptable: Result<(), String>,
 }
@@ -73,7 +83,12 @@ impl Linear {
 
     /// Whether its node reads the matrix in floating point, so that an adapted one can take its place in the graph.
     pub fn reads_floats(&self) -> bool {
-        matches!(self.op.as_str(), "MatMul" | "Gemm" | "FusedMatMul")
+        matches!(self.op.as_str(), "MatMul" | "Gemm" | "FusedMatMul" | "Conv" | "Einsum" | "Attention")
+    }
+
+    /// Path of the layer that the node computes: its own, or that of which it is a part.
+    pub fn whole(&self) -> &str {
+        self.part.as_ref().map_or(&self.path, |part| &part.of)
     }
 
     /// What the matching rules see: the module path, else the node's name (else the path made for it).
@@ -108,9 +123,15 @@ pub const FLOATS: [DataType; 4] = [DataType::Float, DataType::Float16, DataType:
 const FUSED: Option<&str> =
     Some("has its activation fused in; save the model without ONNX Runtime's extended optimizations");
 
-const PRODUCTS: [Product; 10] = [
+const INSIDE: Option<&str> = Some("multiplies by a quantized weight inside of attention; use the model before quantization");
+
+const PRODUCTS: [Product; 14] = [
     Product { op: "MatMul", domain: "", matrix: 1, bias: None, quantized: false, refused: None },
     Product { op: "Gemm", domain: "", matrix: 1, bias: Some(2), quantized: false, refused: None },
+    Product { op: "Conv", domain: "", matrix: 1, bias: Some(2), quantized: false, refused: None },
+    Product { op: "Einsum", domain: "", matrix: 1, bias: None, quantized: false, refused: None },
+    Product { op: "Attention", domain: MICROSOFT, matrix: 1, bias: Some(2), quantized: false, refused: None },
+    Product { op: "QAttention", domain: MICROSOFT, matrix: 1, bias: Some(2), quantized: false, refused: INSIDE },
     Product { op: "FusedMatMul", domain: MICROSOFT, matrix: 1, bias: None, quantized: false, refused: None },
     Product { op: "FusedGemm", domain: MICROSOFT, matrix: 1, bias: Some(2), quantized: false, refused: FUSED },
     Product { op: "MatMulNBits", domain: MICROSOFT, matrix: 1, bias: Some(5), quantized: true, refused: None },
@@ -135,6 +156,11 @@ impl Product {
     }
 }
 
+/// True for an operator that can be a linear layer.
+pub(crate) fn is_product(node: &NodeProto) -> bool {
+    Product::of(node).is_some()
+}
+
 /// A linear layer before it has a name, with what the naming rules need.
 struct Found<'a> {
     linear: Linear,
@@ -144,7 +170,8 @@ struct Found<'a> {
     first_output: &'a str,
 }
 
-/// All linear layers of `model`: graph by graph (depth first), in the order of the nodes.
+/// All linear layers of `model`: graph by graph (depth first), in the order of the nodes; then the parts of those that
+/// are several modules in one.
 pub fn linears(model: &Model) -> Vec<Linear> {
     linears_of(model.graph())
 }
@@ -159,7 +186,9 @@ pub fn linears_of(main: &GraphProto) -> Vec<Linear> {
         }
     }
     name(&values, &mut found);
-    found.into_iter().map(|f| f.linear).collect()
+    let mut linears: Vec<Linear> = found.into_iter().map(|f| f.linear).collect();
+    linears.extend(packed::parts(&values, &linears));
+    linears
 }
 
 /// The layer that `node` is, or `None` where it multiplies two values that the model computes, or two constants.
@@ -170,28 +199,58 @@ fn examine<'a>(
     node: &'a NodeProto,
     product: &Product,
 ) -> Option<Found<'a>> {
-    let data = node.input_at(0)?;
-    let weight = trace(values, graph, node.input_at(product.matrix)?)?;
-    if trace(values, graph, data).is_some() {
+    // An Einsum may have its matrix first.
+    let is_sum = product.op == "Einsum";
+    let is_constant = |i: usize| trace(values, graph, node.input_at(i)?);
+    let (data, matrix) = if is_sum && is_constant(1).is_none() { (1, 0) } else { (0, product.matrix) };
+    let weight = is_constant(matrix)?;
+    node.input_at(data)?;
+    if is_constant(data).is_some() {
         return None;
     }
-    let (trans_a, trans_b) = match product.op {
+    let (trans_a, mut trans_b) = match product.op {
         "Gemm" | "FusedGemm" | "FusedMatMul" | "QGemm" => {
             (node.attr_i("transA", 0) != 0, node.attr_i("transB", 0) != 0)
         }
         _ => (false, false),
     };
-    let (in_features, out_features) = if product.op == "MatMulNBits" {
-        (usize::try_from(node.attr_i("K", 0)).ok()?, usize::try_from(node.attr_i("N", 0)).ok()?)
-    } else {
-        let [.., rows, columns] = weight.dims.as_slice() else { return None };
-        if trans_b { (*columns, *rows) } else { (*rows, *columns) }
+    let (mut form, mut unfit) = (Form::Rows, None);
+    let (in_features, out_features) = match product.op {
+        "MatMulNBits" => (usize::try_from(node.attr_i("K", 0)).ok()?, usize::try_from(node.attr_i("N", 0)).ok()?),
+        "Conv" => {
+            form = channels(node, &weight.dims)?;
+            trans_b = true;
+            (weight.dims[1], weight.dims[0])
+        }
+        "Einsum" => match Sum::of(node.attr_s("equation")?, matrix, &weight.dims) {
+            Ok((sum, out_in)) => {
+                trans_b = out_in;
+                let size = |labels: &[(char, usize)]| labels.iter().try_fold(1usize, |n, l| n.checked_mul(l.1));
+                let sizes = (size(&sum.summed)?, size(&sum.kept)?);
+                form = Form::Sum(sum);
+                sizes
+            }
+            Err(why) => {
+                unfit = Some(why?);
+                let [.., rows, columns] = weight.dims.as_slice() else { return None };
+                (*rows, *columns)
+            }
+        },
+        _ => {
+            if product.op.ends_with("Attention") {
+                form = Form::Within;
+            }
+            let [.., rows, columns] = weight.dims.as_slice() else { return None };
+            if trans_b { (*columns, *rows) } else { (*rows, *columns) }
+        }
     };
     let data_type = DataType::try_from(weight.tensor.data_type()).unwrap_or(DataType::Undefined);
     let has_alpha = matches!(product.op, "Gemm" | "FusedGemm" | "FusedMatMul" | "QGemm");
     let alpha = if has_alpha { node.attr_f("alpha", 1.0) } else { 1.0 };
-    let added = added_bias(values, graph, n, product.bias, product.quantized, out_features);
-    let plain = Beside::of(data, n);
+    // A vector that is added behind a convolution meets its last axis, not its channels.
+    let follows = !matches!(form, Form::Channels(_) | Form::Within);
+    let added = added_bias(values, graph, n, product.bias, product.quantized, out_features, follows);
+    let plain = Beside::of(node.input_at(data)?, n);
     let found = match product.quantized {
         true => quantized::product(values, graph, n, node, &weight).map(|(beside, how, ty)| (beside, Some(how), ty)),
         false => Ok(match quantized::dequantized(values, &weight) {
@@ -199,11 +258,17 @@ fn examine<'a>(
             None => (plain.clone(), None, data_type),
         }),
     };
-    let adaptable = match &found {
-        Err(why) => Err(format!("{}: {why}", product.op)),
-        Ok((_, how, element)) => adaptable(node, product, &weight, trans_a, alpha, how.is_some(), *element),
+    let adaptable = match (&unfit, &found) {
+        (Some(why), _) => Err(format!("{} {why}", product.op)),
+        (None, Err(why)) => Err(format!("{}: {why}", product.op)),
+        (None, Ok((_, how, element))) => {
+            adaptable(node, product, &weight, &form, (trans_a, alpha), how.is_some(), *element)
+        }
     };
     let (beside, mut quantized, element) = found.unwrap_or((plain, None, data_type));
+    if let Some(how) = quantized.as_mut().filter(|_| form != Form::Rows) {
+        how.scheme = Err(format!("{} is no plain product", product.op));
+    }
     // An operator that takes the bias as integers scales them by its weight's scale, which must stay what it is.
     let has_integer_bias = added.as_ref().is_some_and(|a| a.constant.tensor.data_type() == DataType::Int32 as i32);
     if let Some(Ok(scheme)) = quantized.as_mut().map(|q| q.scheme.as_mut()).filter(|_| has_integer_bias) {
@@ -218,6 +283,8 @@ fn examine<'a>(
         rule: NameRule::None,
         path: String::new(),
         adaptable,
+        form,
+        matrix,
         weight: Weight {
             name: weight.root.1.to_string(),
             source: weight.source,
@@ -237,6 +304,7 @@ fn examine<'a>(
         alpha,
         beta: if product.op == "Gemm" || product.op == "FusedGemm" { node.attr_f("beta", 1.0) } else { 1.0 },
         bias: added.as_ref().and_then(|a| a.describe(values)),
+        part: None,
     };
     let scopes = name_scopes(node).or_else(|| added.as_ref().and_then(|a| name_scopes(a.by(values)?)));
     let first_output = node.output_at(0).unwrap_or_default();
@@ -251,8 +319,8 @@ fn adaptable(
     node: &NodeProto,
     product: &Product,
     weight: &Constant,
-    trans_a: bool,
-    alpha: f32,
+    form: &Form,
+    (trans_a, alpha): (bool, f32),
     is_quantized: bool,
     element: DataType,
 ) -> Result<(), String> {
@@ -270,7 +338,7 @@ fn adaptable(
             "its weight {weight} is {element}, and only float32, float16, bfloat16 or float64 are adapted"
         ));
     }
-    if weight.dims.len() != 2 && product.op != "MatMulNBits" {
+    if matches!(form, Form::Rows | Form::Within) && weight.dims.len() != 2 && product.op != "MatMulNBits" {
         return Err(format!("its weight {} has shape {:?}, and only matrices are adapted", weight.root.1, weight.dims));
     }
     let bytes = weight.dims.iter().try_fold(size_of::<f64>(), |n, d| n.checked_mul(*d));

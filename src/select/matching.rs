@@ -78,7 +78,7 @@ impl Names {
     fn compile(names: &TargetModules, field: &str) -> Result<Self> {
         Ok(match names {
             TargetModules::List(list) => Self::List(list.clone()),
-            TargetModules::Pattern(pattern) => Self::Pattern(compile(field, pattern, |p| format!("^(?:{p})$"))?),
+            TargetModules::Pattern(text) => Self::Pattern(pattern(field, text)?),
         })
     }
 
@@ -175,6 +175,11 @@ fn layer_of(patterns: &[Regex], path: &str) -> Result<Option<usize>> {
     Ok(None)
 }
 
+/// A user's `pattern`, which has to match the whole of a name.
+pub fn pattern(field: &str, text: &str) -> Result<Regex> {
+    compile(field, text, |p| format!("^(?:{p})$"))
+}
+
 /// Compiles a user's `pattern` of Python's syntax as a part of what `frame` makes of it.
 fn compile(field: &str, pattern: &str, frame: impl Fn(&str) -> String) -> Result<Regex> {
     let bad = |e: fancy_regex::Error| {
@@ -186,7 +191,7 @@ fn compile(field: &str, pattern: &str, frame: impl Fn(&str) -> String) -> Result
     Regex::new(&frame(&pattern)).map_err(bad)
 }
 
-fn is_match(regex: &Regex, path: &str) -> Result<bool> {
+pub fn is_match(regex: &Regex, path: &str) -> Result<bool> {
     regex.is_match(path).map_err(too_hard)
 }
 

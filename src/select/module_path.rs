@@ -23,6 +23,32 @@ pub enum NameRule {
     None,
 }
 
+impl NameRule {
+    /// How sure a path is that this clue gave: `certain` where the file states it, `likely` where a name that can lose
+    /// or repeat parts gave it, `guess` for a bias alone (exporters merge equal ones), `none` without a path.
+    pub fn confidence(self) -> &'static str {
+        match self {
+            Self::Metadata | Self::Weight => "certain",
+            Self::BiasAndNode | Self::Node | Self::Call => "likely",
+            Self::Bias => "guess",
+            Self::None => "none",
+        }
+    }
+
+    /// The clue in a word or two.
+    pub fn clue(self) -> &'static str {
+        match self {
+            Self::Metadata => "metadata",
+            Self::Weight => "weight",
+            Self::BiasAndNode => "bias and node",
+            Self::Node => "node",
+            Self::Call => "repeated call",
+            Self::Bias => "bias",
+            Self::None => "-",
+        }
+    }
+}
+
 /// What the file says about one linear layer.
 #[derive(Debug, Clone, Default)]
 pub struct Clues<'a> {

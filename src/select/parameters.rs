@@ -51,9 +51,9 @@ pub fn parameters(graph: &GraphProto, linears: &[Linear]) -> Vec<Parameter> {
     let values = Values::of(graph);
     let numbers: HashMap<&Scope, usize> = values.graphs.iter().enumerate().map(|(i, view)| (&view.scope, i)).collect();
     let mut collector = Collector::new(&values);
-    for linear in linears {
+    for linear in linears.iter().filter(|l| l.part.is_none()) {
         if let Some(number) = numbers.get(&linear.scope) {
-            collector.add_of_layer(linear, (*number, linear.node, 1), true);
+            collector.add_of_layer(linear, (*number, linear.node, linear.matrix), true);
         }
         if let Some(bias) = &linear.bias
             && let Some(number) = numbers.get(&bias.scope)
@@ -119,7 +119,7 @@ impl<'v, 'a> Collector<'v, 'a> {
         let constant = trace(self.values, graph, name)?;
         let data_type = float(constant.tensor.data_type())?;
         let rank = if is_weight { 2 } else { 1 };
-        if constant.changed.is_some() || constant.dims.len() != rank {
+        if constant.changed.is_some() || constant.reshaped || constant.dims.len() != rank {
             return None;
         }
         // A tensor that kept its PyTorch name is stored as PyTorch does, be it [out, in] or Conv1D's [in, out].

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::form::Form;
 use super::kinds::{kinds, listed, nearest};
 use super::linears::FLOATS;
 use super::matching::{Matcher, Verdict, Version, is_suffix};
@@ -77,9 +78,15 @@ pub fn select_as(linears: &[Linear], config: &BoneConfig, version: Version) -> R
                 }
             }
             Verdict::No => unmatched += 1,
+            // A packed layer is adapted as a whole where it is meant as well.
+            Verdict::Match if linear.part.is_some() && (is_all || is_whole_meant(&matcher, linear, targets)?) => {}
             Verdict::Match if is_all && is_output_layer(linear) => selection.left_out.push((
                 i,
                 "it is the output layer, which all-linear leaves out as PEFT does; name it to adapt it".into(),
+            )),
+            Verdict::Match if is_all && matches!(linear.form, Form::Channels(_)) => selection.left_out.push((
+                i,
+                "it is a 1×1 convolution, and all-linear means no convolutions, as in PEFT; name it to adapt it".into(),
             )),
             Verdict::Match => match &linear.adaptable {
                 Ok(()) => selection.chosen.push(i),
@@ -95,6 +102,9 @@ pub fn select_as(linears: &[Linear], config: &BoneConfig, version: Version) -> R
         return Err(nothing_chosen(linears, config, is_all, &selection, excluded, unmatched));
     }
     warn(linears, config, &mut selection);
+    if is_all {
+        selection.warnings.extend(fixed_tables(linears, &selection.chosen));
+    }
     Ok(selection)
 }
 
@@ -105,6 +115,11 @@ fn verdict(matcher: &Matcher, linear: &Linear, is_all: bool, targets: Option<&Ta
         && !is_all
         && matches!(targets, Some(TargetModules::List(list)) if !list.iter().any(|name| name == linear.key()));
     Ok(if verdict == Verdict::Match && is_suffix_hit { Verdict::No } else { verdict })
+}
+
+/// Whether a pattern that matches a part means the packed layer, too.
+fn is_whole_meant(matcher: &Matcher, part: &Linear, targets: Option<&TargetModules>) -> Result<bool> {
+    Ok(matches!(targets, Some(TargetModules::Pattern(_))) && matcher.check(part.whole())? == Verdict::Match)
 }
 
 fn is_output_layer(linear: &Linear) -> bool {
@@ -210,10 +225,30 @@ fn warn(linears: &[Linear], config: &BoneConfig, selection: &mut Selection) {
     selection.warnings.extend(shared_weights(linears, &selection.chosen));
 }
 
+/// A sentence about chosen matrices whose names are no weight's: they may be tables that nobody learned.
+fn fixed_tables(linears: &[Linear], chosen: &[usize]) -> Option<String> {
+    let is_table = |l: &&Linear| {
+        let name = &l.weight.name;
+        // Names that exporters make up say nothing.
+        let is_own =
+            !name.contains([':', '/']) && !name.starts_with("val_") && !name.bytes().all(|b| b.is_ascii_digit());
+        l.module.is_none() && matches!(l.op.as_str(), "MatMul" | "Gemm") && is_own && !name.contains("weight")
+    };
+    let tables: Vec<&str> =
+        chosen.iter().filter_map(|i| linears.get(*i)).filter(is_table).map(|l| l.weight.name.as_str()).collect();
+    (!tables.is_empty()).then(|| {
+        format!(
+            "{} may be tables that were never learned (a mel filter bank, say): no module has them as its weight. If so, \
+             leave their nodes out with exclude_modules",
+            listed(&tables, ", ")
+        )
+    })
+}
+
 /// A sentence for each stored matrix that others than the calls of one chosen layer use.
 fn shared_weights(linears: &[Linear], chosen: &[usize]) -> Vec<String> {
     let mut users_of: HashMap<_, Vec<&Linear>> = HashMap::new();
-    for linear in linears {
+    for linear in linears.iter().filter(|l| l.part.is_none()) {
         users_of.entry(&linear.weight.source).or_default().push(linear);
     }
     let mut warnings = Vec::new();

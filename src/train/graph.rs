@@ -10,6 +10,7 @@ use crate::autodiff::{self, Request, Rules, Seed};
 use crate::base::Base;
 use crate::engine::{Engine, LoadOptions, Session};
 use crate::inject::place::to_f32;
+use crate::onnx::functions;
 use crate::onnx::upgrade::upgrade;
 use crate::onnx::{DataType, Model, ModelProto, Tensor, value_info, walk_graphs};
 use crate::{Error, Result};
@@ -109,6 +110,7 @@ impl LossModel {
         let held: HashSet<&str> = injection.adapters.iter().flat_map(|a| a.parameters()).collect();
         let held = model.graph().initializer.iter().filter(|t| held.contains(t.name()));
         proto.graph.iter_mut().for_each(|g| g.initializer.extend(held.clone().cloned()));
+        functions::write_out(&mut proto)?;
         upgrade(&mut proto, OPSET)?;
         let rules = form::training_form(&mut proto, &learners)?;
         promote(&mut proto, parameters);

@@ -4,6 +4,7 @@ mod adapters;
 mod common;
 mod decoder;
 mod doubles;
+mod exported;
 mod heads;
 mod layers;
 mod models;
