@@ -85,7 +85,7 @@ mod tests {
         assert_eq!(chosen(&linears, "node_linear_1[0-4]?", None).unwrap().len(), 6);
         let text = chosen(&linears, "node_liner_3", None).unwrap_err().to_string();
         assert!(
-            text.contains("no node of a linear layer is called node_liner_3. Did you mean node_linear_3?"),
+            text.contains("no node of a linear layer is called node_liner_3. Did you mean node_linear_3,"),
             "{text}"
         );
         assert!(chosen(&linears, "linear_.*", None).unwrap_err().to_string().contains("Nodes there are: node_linear"));

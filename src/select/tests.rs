@@ -34,6 +34,8 @@ fn every_target_of_the_manifest_is_found_and_named() {
         let file = entry["file"].as_str().unwrap();
         let mut found = linears_in(&format!("models/{file}"));
         assert_paths_are_consistent(&found);
+        // The manifest knows whole layers.
+        found.retain(|l| l.part.is_none());
         for target in entry["targets"].as_array().unwrap() {
             let node = target["node"].as_str().unwrap();
             let context = format!("{file}: {node}");
