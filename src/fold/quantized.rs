@@ -240,7 +240,11 @@ impl Merger<'_> {
             let graph = graph.ok_or_else(|| Error::model("a subgraph is gone"))?;
             let scope = self.base.scope(&linear.scope);
             if linear.reads_floats() {
-                self.patch.graph(&scope).rename_input(self.base.node(&linear.scope, linear.node), linear.matrix, &weight);
+                self.patch.graph(&scope).rename_input(
+                    self.base.node(&linear.scope, linear.node),
+                    linear.matrix,
+                    &weight,
+                );
                 cut.inputs.push((graph, linear.node, linear.matrix));
             } else {
                 self.plain_product(linear, graph, &weight, values, names, cut)?;

@@ -123,7 +123,8 @@ pub const FLOATS: [DataType; 4] = [DataType::Float, DataType::Float16, DataType:
 const FUSED: Option<&str> =
     Some("has its activation fused in; save the model without ONNX Runtime's extended optimizations");
 
-const INSIDE: Option<&str> = Some("multiplies by a quantized weight inside of attention; use the model before quantization");
+const INSIDE: Option<&str> =
+    Some("multiplies by a quantized weight inside of attention; use the model before quantization");
 
 const PRODUCTS: [Product; 14] = [
     Product { op: "MatMul", domain: "", matrix: 1, bias: None, quantized: false, refused: None },
