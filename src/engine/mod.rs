@@ -4,6 +4,7 @@ mod cuda;
 mod discover;
 mod doctor;
 mod guard;
+mod lent;
 mod onnxruntime;
 mod signature;
 mod tract;
@@ -18,6 +19,9 @@ pub use discover::{Library, Places};
 pub use doctor::{Check, Doctor, doctor};
 pub use onnxruntime::OnnxRuntime;
 pub use tract::Tract;
+
+/// Weights of this many bytes are too many for a second copy of them that is quicker to compute with.
+pub(crate) const LARGE_WEIGHTS: usize = 1 << 28;
 
 /// Something that runs ONNX models.
 pub trait Engine: Send + Sync {

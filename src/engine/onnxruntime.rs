@@ -13,8 +13,9 @@ use ort::value::{DynTensorValueType, DynValue, TensorElementType, TensorRef, Val
 use prost::Message;
 
 use super::guard::guarded;
+use super::lent::{self, Lent};
 use super::signature::Signature;
-use super::{Device, Engine, LoadOptions, Session, cuda, discover};
+use super::{Device, Engine, LARGE_WEIGHTS, LoadOptions, Session, cuda, discover};
 use crate::onnx::{ModelProto, Tensor};
 use crate::{Error, Result};
 
@@ -135,27 +136,39 @@ impl Engine for OnnxRuntime {
 
     fn load(&self, model: &ModelProto, options: &LoadOptions) -> Result<Box<dyn Session>> {
         let signature = Signature::of(model)?;
-        let size = model.encoded_len();
+        let (rest, weights) = lent::split(model);
+        let size = rest.encoded_len();
         if size > LARGEST_MODEL {
             return Err(Error::model(format!(
-                "the model with its weights is {:.1} GB, but ONNX Runtime takes no more than 2 GB from memory (protobuf's limit)",
+                "the model is {:.1} GB without the weights of its main graph, but ONNX Runtime takes no more than 2 GB \
+                 from memory (protobuf's limit)",
                 size as f64 / 1e9
             )));
         }
-        let encoded = model.encode_to_vec();
+        let encoded = rest.encode_to_vec();
+        drop(rest);
         let mut builder = self.builder(options)?;
+        if weights.iter().map(|w| w.bytes.len()).sum::<usize>() >= LARGE_WEIGHTS {
+            // Packed or turned at load time, the weights would be in memory once more.
+            builder = builder.with_prepacking(false).map_err(told)?;
+            builder = builder.with_disabled_optimizers("ConstantFolding").map_err(told)?;
+        }
+        let weights =
+            weights.into_iter().map(|w| w.lend(&mut builder)).collect::<ort::Result<Vec<_>>>().map_err(told)?;
         let session =
             guarded(|| builder.commit_from_memory(&encoded)).map_err(error)?.map_err(|e| match self.device {
                 Device::Cpu => told(e),
                 Device::Cuda(_) => error(cuda::explain(e.message(), &self.runtime.path)),
             })?;
-        Ok(Box::new(Loaded { session, signature }))
+        Ok(Box::new(Loaded { session, signature, _weights: weights }))
     }
 }
 
 struct Loaded {
+    // Goes before what it reads.
     session: OrtSession,
     signature: Signature,
+    _weights: Vec<Lent>,
 }
 
 impl Session for Loaded {

@@ -332,3 +332,41 @@ fn the_version_of_tract_is_that_of_the_lock_file() {
     let lock = include_str!("../../Cargo.lock");
     assert!(lock.contains(&format!("name = \"tract-onnx\"\nversion = \"{}\"\n", tract::VERSION)));
 }
+
+#[test]
+fn large_weights_are_lent_wherever_they_stand_and_whatever_they_are() {
+    let values: Vec<f32> = (0..512 * 256).map(|i| ((i * 37 % 101) as f32 - 50.0) / 64.0).collect();
+    let x = Tensor::new(&[2, 512], (0..1024).map(|i| ((i * 7 % 13) as f32 - 6.0) / 8.0).collect());
+    let w = Tensor::new(&[512, 256], values.clone());
+    let stored = [
+        w.clone(),
+        Tensor::new(&[512, 256], values.iter().map(|v| f64::from(*v)).collect()),
+        Tensor::new(&[512, 256], values.iter().map(|v| f16::from_f32(*v)).collect()),
+        Tensor::new(&[512, 256], values.iter().map(|v| (*v * 64.0) as i8).collect()),
+    ];
+    for stored in &stored {
+        // One byte off, as weights may stand in a model file; then a second copy of the model uses the same bytes.
+        let mut bytes = vec![0u8];
+        bytes.extend(stored.to_bytes());
+        let mut tensor = stored.to_proto("w");
+        tensor.raw_data = Some(bytes::Bytes::from(bytes).slice(1..));
+        let (x_info, y_info) =
+            (value_info("x", DataType::Float, &["n", "512"]), value_info("y", DataType::Float, &["n", "256"]));
+        let mut cast = node("Cast", &["w"], &["f"]);
+        cast.attribute = vec![AttributeProto::int("to", 1)];
+        let mut model = model(vec![cast, node("MatMul", &["x", "f"], &["y"])], vec![x_info], vec![y_info]);
+        model.graph.as_mut().unwrap().initializer.push(tensor);
+        let mut results = Vec::new();
+        for optimize in [false, true] {
+            for kind in ENGINES {
+                let mut session = load(kind, &model, optimize).unwrap();
+                results.push(session.run(&[("x", &x)], &["y"]).unwrap().remove(0).to_f64());
+            }
+        }
+        assert!(results[0].iter().any(|v| v.abs() > 1.0));
+        for result in &results[1..] {
+            let off = result.iter().zip(&results[0]).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            assert!(off < 1e-3, "{:?}: off by {off}", stored.data_type());
+        }
+    }
+}

@@ -6,11 +6,15 @@
 //! gradient is derived they are one node, `org.bone-onnx.TiledMatMul` (or `TiledGemm`), with a rule of its own;
 //! afterwards [`lower`] makes it the standard operator that it is. BAT needs no rule: its W' is made of standard
 //! operators, and `dW' = xᵀ·dy` goes back through them.
+//!
+//! Every W' stays in memory until the way back has used it. Where the weights are large, the side branch it is, which
+//! leaves them where they are.
 
 use super::graph::Learners;
 use crate::Result;
 use crate::autodiff::{Adjoints, Rule, Rules, Vjp};
 use crate::base::Base;
+use crate::engine::LARGE_WEIGHTS;
 use crate::inject::emission::{DOMAIN, Form, TILED_GEMM, TILED_MATMUL};
 use crate::inject::emit::emit;
 use crate::onnx::{GraphProto, ModelProto, Names};
@@ -23,8 +27,19 @@ const BLOCKS: usize = 3;
 /// Puts the active adapters into `model` (the base in memory, and the parameters of the adapters) in the form to train
 /// in, and returns the rules that differentiate the result.
 pub fn training_form(model: &mut ModelProto, learners: &Learners) -> Result<Rules> {
+    let initializers = model.graph.iter().flat_map(|g| &g.initializer);
+    let weights: usize = initializers.filter_map(|t| t.raw_data.as_ref()).map(|raw| raw.len()).sum();
+    // Only the merged form drops inputs out.
+    let merged = weights < LARGE_WEIGHTS || learners.dropout.is_some();
+    in_form(model, learners, merged)
+}
+
+fn in_form(model: &mut ModelProto, learners: &Learners, merged: bool) -> Result<Rules> {
     let mut names = Names::of(model);
-    let form = Form::Trained { trained: learners.trained, dropout: learners.dropout };
+    let form = match merged {
+        true => Form::Trained { trained: learners.trained, dropout: learners.dropout },
+        false => Form::Served,
+    };
     let emission = emit(&Base::within(model, learners.injection), learners.injection, &mut names, form)?;
     emission.apply(model);
     Ok(Rules::straight_through().with(DOMAIN, TILED_MATMUL, Rule::vjp(tiled)).with(
@@ -96,7 +111,7 @@ mod tests {
     const CASE: &str = "miss_dropout_in10_out6_r5";
 
     /// PEFT's layer with dropout 0.5, in the form it is trained in; and the vectors.
-    fn layer(dropout: Option<u64>) -> (ModelProto, Rules, BTreeMap<String, Tensor>) {
+    fn layer(dropout: Option<u64>, merged: bool) -> (ModelProto, Rules, BTreeMap<String, Tensor>) {
         let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/goldens/layer_miss.safetensors");
         let bytes = std::fs::read(shared).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -133,7 +148,8 @@ mod tests {
         let block = injected.graph().initializer.iter().find(|t| t.name().contains("miss_block")).unwrap();
         proto.graph.as_mut().unwrap().initializer.push(block.clone());
         let trained = injection.active.clone();
-        let rules = training_form(&mut proto, &Learners { injection: &injection, trained: &trained, dropout }).unwrap();
+        let learners = Learners { injection: &injection, trained: &trained, dropout };
+        let rules = in_form(&mut proto, &learners, merged).unwrap();
         assert_eq!(proto.graph.as_ref().unwrap().node.iter().any(is_dropout), dropout.is_some());
         (proto, rules, case)
     }
@@ -165,7 +181,7 @@ mod tests {
 
     #[test]
     fn a_layer_with_dropout_is_pefts_for_the_mask_that_it_drew() {
-        let (mut proto, rules, case) = layer(Some(1));
+        let (mut proto, rules, case) = layer(Some(1), true);
         // Its mask in place of ours.
         let (x, dropped) = (case["x"].to_f64(), case["x_after_dropout"].to_f64());
         let mask: Vec<f32> = x.iter().zip(&dropped).map(|(x, d)| (d / x).round() as f32).collect();
@@ -183,7 +199,7 @@ mod tests {
 
     #[test]
     fn a_share_of_the_inputs_drops_out_other_ones_in_each_run_and_in_no_evaluation() {
-        let (proto, rules, case) = layer(Some(1));
+        let (proto, rules, case) = layer(Some(1), true);
         let dropped = proto.graph.as_ref().unwrap().node.iter().find(|n| n.is("Dropout")).unwrap().output[0].clone();
         let x = Tensor::new(&[4000, 10], vec![1f32; 40_000]);
         let gy = Tensor::new(&[4000, 6], vec![0.0f32; 24_000]);
@@ -195,8 +211,14 @@ mod tests {
         assert_ne!(halves.0, halves.1);
 
         // Without it, the layer is the one that is served: y = base + S(x)·B.
-        let (proto, rules, _) = layer(None);
-        let y = results(&proto, &rules, &case["x"], &case["gy"], &[]).remove(0);
-        close(&y, &case["y_merged.default"], "y without dropout");
+        let (proto, rules, _) = layer(None, true);
+        let merged = results(&proto, &rules, &case["x"], &case["gy"], &[]);
+        close(&merged[0], &case["y_merged.default"], "y without dropout");
+        // And so is the side branch, with the same gradients.
+        let (proto, rules, _) = layer(None, false);
+        let beside = results(&proto, &rules, &case["x"], &case["gy"], &[]);
+        for ((beside, merged), what) in beside.iter().zip(&merged).zip(["y", "gx", "gB"]) {
+            close(beside, merged, what);
+        }
     }
 }
