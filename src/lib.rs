@@ -12,6 +12,7 @@
 //! | [`autodiff`] | reverse mode, ONNX → ONNX |
 //! | [`grad`] | a model and its gradient in one file |
 //! | [`engine`] | ONNX Runtime and tract behind one trait |
+//! | [`verify`], [`weights`] | do two models compute the same, and hold the same weights |
 //! | [`train`] | loss graphs, data readers, optimizer, schedule, loop, metrics |
 //! | [`cli`] | one file per subcommand |
 
@@ -32,5 +33,6 @@ pub mod select;
 pub mod train;
 pub mod unload;
 pub mod verify;
+pub mod weights;
 
 pub use error::{Error, Result, did_you_mean};

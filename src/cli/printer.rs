@@ -1,6 +1,7 @@
 //! Where text goes: remarks and progress to stderr, results to stdout, JSON alone on stdout when asked for.
 
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use comfy_table::{Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -11,11 +12,13 @@ use crate::Error;
 pub struct Printer {
     pub json: bool,
     quiet: bool,
+    /// Whether the one JSON object is out.
+    answered: AtomicBool,
 }
 
 impl Printer {
     pub fn new(json: bool, quiet: bool) -> Self {
-        Self { json, quiet }
+        Self { json, quiet, answered: AtomicBool::new(false) }
     }
 
     /// A remark for people.
@@ -30,7 +33,8 @@ impl Printer {
     }
 
     pub fn error(&self, error: &Error) {
-        if self.json {
+        // A check that fails has said how.
+        if self.json && !self.answered.load(Ordering::Relaxed) {
             self.line(&serde_json::json!({ "error": error.to_string() }).to_string());
         }
         eprintln!("error: {error}");
@@ -39,6 +43,7 @@ impl Printer {
     /// The command's result: JSON where asked for, else what `text` prints.
     pub fn result(&self, value: &impl Serialize, text: impl FnOnce(&Self)) {
         if self.json {
+            self.answered.store(true, Ordering::Relaxed);
             match serde_json::to_string(value) {
                 Ok(json) => self.line(&json),
                 Err(e) => eprintln!("error: the result cannot be written as JSON: {e}"),
