@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, WIDTH, RANK = 30, 2048, 64  # 30 × 2048 × 2048 × 4 bytes = 503 MB
+TITLE = "## Whole commands on a 500 MB model (`benches/whole_process.py`)"
 BEGIN, END = "<!-- whole_process: begin -->", "<!-- whole_process: end -->"
 HEADER = (
     "| date | CPU | command | seconds, median (min–max) | against cp | against cp + fsync | peak RSS | peak anonymous |\n"
@@ -208,18 +209,21 @@ def measure(args):
     return rows
 
 
-def update(results, rows):
-    """Puts the rows between the markers; earlier rows stay, those of the same day and CPU are replaced."""
+def update(results, rows, section=(TITLE, BEGIN, END, HEADER)):
+    """Puts the rows between the markers; earlier rows stay, those of the same day, CPU and first cell are replaced."""
+    title, begin, end, header = section
     text = results.read_text(encoding="utf-8") if results.is_file() else "# Results\n"
-    if BEGIN not in text or END not in text:
-        text = text.rstrip("\n") + "\n\n## Whole commands on a 500 MB model (`benches/whole_process.py`)\n\n"
-        text += f"{BEGIN}\n{HEADER}\n{END}\n"
-    head, rest = text.split(BEGIN, 1)
-    section, tail = rest.split(END, 1)
-    key = lambda row: row.split("|")[1:3]
-    old = [line for line in section.splitlines() if line.startswith("| 2") and key(line) != key(rows[0])]
+    if begin not in text or end not in text:
+        text = text.rstrip("\n") + f"\n\n{title}\n\n{begin}\n{header}\n{end}\n"
+    head, rest = text.split(begin, 1)
+    body, tail = rest.split(end, 1)
+    # Tables of several models have the model after the CPU.
+    cells = 3 + header.startswith("| date | CPU | model |")
+    key = lambda row: row.split("|")[1:cells]
+    new = [key(row) for row in rows]
+    old = [line for line in body.splitlines() if line.startswith("| 2") and key(line) not in new]
     temp = results.with_name(f".{results.name}.partial")
-    temp.write_text(f"{head}{BEGIN}\n{HEADER}\n" + "\n".join(old + rows) + f"\n{END}{tail}", encoding="utf-8")
+    temp.write_text(f"{head}{begin}\n{header}\n" + "\n".join(old + rows) + f"\n{end}{tail}", encoding="utf-8")
     os.replace(temp, results)
 
 
