@@ -5,8 +5,9 @@ use std::collections::{HashMap, HashSet};
 use crate::Result;
 use crate::adapter::{Injection, METADATA_KEY};
 use crate::base::changed;
+use crate::inject::check_shared;
 use crate::inline;
-use crate::onnx::{Model, Patch, Scope, walk_graphs};
+use crate::onnx::{Model, Moved, Patch, Scope, walk_graphs};
 
 /// The changes that give back the base of an injected model.
 ///
@@ -14,8 +15,12 @@ use crate::onnx::{Model, Patch, Scope, walk_graphs};
 /// Where the model carries no adapter, or something its record names is gone.
 pub fn unload(model: &Model) -> Result<Patch> {
     let record = Injection::expect(model)?;
+    check_shared(model, &record, false)?;
     let mut patch = strip(model, &record, &HashSet::new())?;
     inline::restore(model, &record.inlined, &mut patch)?;
+    for data in record.data.iter().filter(|d| d.location != d.base) {
+        patch.moved.insert(data.location.clone(), Moved { location: data.base.clone(), checksum: None });
+    }
     if let Some(head) = &record.head {
         let nodes: HashSet<&str> = head.nodes.iter().map(String::as_str).collect();
         let initializers: HashSet<&str> =

@@ -87,10 +87,11 @@ pub fn compare_weights(a: &Model, b: &Model, tolerance: Tolerance, each: impl Fn
 /// The tensors of `model` by name, and by how many of that name come before (in branches of its graph).
 fn weights(model: &Model) -> Result<BTreeMap<(String, usize), Weight>> {
     let adapted = Injection::read(model)?.is_some_and(|record| !record.active.is_empty());
-    let (patch, mut made) = match adapted {
+    let (patch, mut made, opened) = match adapted {
         true => fold(model, &FoldOptions::default())?.into_parts(),
         false => Default::default(),
     };
+    let model = opened.as_ref().unwrap_or(model);
     let mut seen: HashMap<String, usize> = HashMap::new();
     let mut weights = BTreeMap::new();
     let mut add = |name: &str, header: TensorProto, value| {

@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use serde::{Deserialize, Serialize};
 
 use super::BoneConfig;
+use crate::inject::SharedData;
 use crate::onnx::Model;
 use crate::{Error, Result, did_you_mean};
 
@@ -35,6 +36,9 @@ pub struct Injection {
     pub inlined: Vec<Inlined>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head: Option<HeadRecord>,
+    /// Data files of the base that the model refers to where they are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data: Vec<SharedData>,
 }
 
 /// One adapter, the layers it sits on, and what it trains in full.
@@ -148,6 +152,7 @@ impl Default for Injection {
             written: Written::default(),
             inlined: Vec::new(),
             head: None,
+            data: Vec::new(),
         }
     }
 }

@@ -112,6 +112,15 @@ pub struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
 
+    /// Refer to the base's data files where they are instead of copying them; they have to be in the directory of the
+    /// output or below it. What they are is recorded (size and samples) and checked before each use
+    #[arg(long)]
+    share_data: bool,
+
+    /// With --share-data: record the SHA-1 of the whole files, too, for `inspect --check-data`
+    #[arg(long, requires = "share_data")]
+    hash_data: bool,
+
     /// Show what would be adapted and write nothing
     #[arg(long)]
     dry_run: bool,
@@ -120,13 +129,18 @@ pub struct Args {
 pub fn run(args: Args, printer: &Printer) -> Result<()> {
     let options = args.options(printer)?;
     let model = Model::open(&args.model)?;
-    let injected = inject(&model, &options)?;
+    let mut injected = inject(&model, &options)?;
     if let Some(chosen) = &injected.summary.default_targets {
         printer.say(format!("target modules: {chosen}"));
     }
     injected.summary.warnings.iter().for_each(|w| printer.warn(w));
     let summary = match &args.output {
-        Some(out) if !args.dry_run => injected.write(&model, out)?,
+        Some(out) if !args.dry_run => {
+            if args.share_data {
+                injected.share(&model, out, args.hash_data)?;
+            }
+            injected.write(&model, out)?
+        }
         _ => injected.summary,
     };
     let written = args.output.filter(|_| !args.dry_run);

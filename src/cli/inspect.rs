@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use super::adapter::describe;
 use super::printer::Printer;
 use crate::Result;
+use crate::inject::check_shared;
 use crate::inline::Layers;
 use crate::onnx::proto::tensor_shape_proto::dimension::Value as DimValue;
 use crate::onnx::{DataType, Model, Scope, ValueInfoProto, data_type_name};
@@ -18,6 +19,11 @@ use crate::select::{Linear, NameRule};
 pub struct Args {
     /// The ONNX file
     model: PathBuf,
+
+    /// Read the files that hold its external data in full: are they all there, and what their checksums (and the record
+    /// of `inject --share-data`) say? Without this, no weight is read
+    #[arg(long)]
+    check_data: bool,
 }
 
 #[derive(Serialize)]
@@ -68,6 +74,11 @@ struct Port {
 pub fn run(args: Args, printer: &Printer) -> Result<()> {
     let model = Model::open(&args.model)?;
     let layers = Layers::of(&model)?;
+    if args.check_data {
+        let files = model.check_data()?;
+        layers.record.iter().try_for_each(|record| check_shared(&model, record, true))?;
+        printer.say(format!("{files} data files are as the model says"));
+    }
     let graph = model.graph();
     let report = Report {
         linears: layers.linears.iter().map(|l| describe_layer(&layers, layers.model(&model), l)).collect(),

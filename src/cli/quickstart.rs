@@ -46,7 +46,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
         let path = dir.join(name);
         let mut rope = Rope::default();
         rope.push(bytes);
-        write_atomic(&path, rope, None, Durability::OnDisk).map(|()| path)
+        write_atomic(&path, rope, &[], Durability::OnDisk).map(|()| path)
     };
     let (base, data, test) =
         (put("digits.onnx", BASE)?, put("train.safetensors", TRAIN)?, put("test.safetensors", TEST)?);
@@ -78,7 +78,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     printer.say("3. fold: the blocks go into the weights");
     let trained = Model::open(run.join("injected.onnx"))?;
     let merged = dir.join("merged.onnx");
-    fold(&trained, &FoldOptions { safe: true, ..FoldOptions::default() }, &merged)?.write(&trained, &merged)?;
+    fold(&trained, &FoldOptions { safe: true, ..FoldOptions::default() })?.write(&trained, &merged)?;
 
     printer.say("4. verify: merged = injected, and better than the base on 397 images that nobody trained on");
     let inputs = read_arrays(&test)?;

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::printer::Printer;
 use crate::Result;
-use crate::onnx::{Durability, Model, copy_external, external};
+use crate::onnx::{Durability, Model, write_beside};
 use crate::unload::unload;
 
 /// Take the adapters out again: the base file, byte for byte
@@ -23,8 +23,7 @@ pub struct Args {
 pub fn run(args: Args, printer: &Printer) -> Result<()> {
     let model = Model::open(&args.model)?;
     let patch = unload(&model)?;
-    copy_external(&model, &external::locations(&model)?, &args.output, Durability::OnDisk)?;
-    model.write(model.patched(patch)?, &args.output)?;
+    write_beside(&model, patch, &args.output, Durability::OnDisk)?;
     printer.result(&json!({"output": args.output}), |_| {});
     printer.say(format!("wrote {}", args.output.display()));
     Ok(())

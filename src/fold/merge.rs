@@ -1,5 +1,5 @@
-//! Merged values on their way into the patch: in place of what is stored, or as a weight of one's own where others
-//! read that, inline or in an external file; made a few rows at a time while they are written.
+//! Merged values on their way into the file: in place of what is stored, or as a weight of one's own where others read
+//! that; made a few rows at a time while they are written.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -12,33 +12,21 @@ use super::{FoldOptions, Layer, Stacked};
 use crate::adapter::{Layout, Merge};
 use crate::base::Base;
 use crate::inject::place::{self, turned};
-use crate::onnx::external::{self, Place};
-use crate::onnx::{
-    AttributeProto, DataType, Due, Model, Names, NewPlace, NewTensor, NodeProto, Patch, RopeError, Scope, Tensor,
-    TensorProto,
-};
+use crate::onnx::external;
+use crate::onnx::{DataType, Due, Model, Names, NewValues, Patch, RopeError, Slot, Tensor, TensorProto};
 use crate::select::{Linear, Parameter, Source};
 use crate::{Error, Result};
-
-/// External weights of the merged model start at multiples of this (ONNX `docs/ExternalData.md`).
-const ALIGNMENT: u64 = 4096;
 
 /// Elements that are merged at a time: they stay in the processor's cache from the map to the file.
 const CHUNK: usize = 1 << 16;
 
-pub(super) fn aligned(offset: u64) -> u64 {
-    offset.next_multiple_of(ALIGNMENT)
-}
-
-/// The merged weights on their way into the patch.
+/// The merged weights on their way into the file.
 pub(super) struct Merger<'a> {
     pub(super) model: &'a Model,
     pub(super) base: &'a Base<'a>,
     pub(super) options: &'a FoldOptions,
     pub(super) patch: &'a mut Patch,
-    pub(super) external: Vec<Due>,
-    pub(super) location: Option<String>,
-    pub(super) end: u64,
+    pub(super) values: NewValues,
 }
 
 impl Merger<'_> {
@@ -47,31 +35,23 @@ impl Merger<'_> {
         let linear = layer.calls[0];
         let tensor = place::source(self.base, &linear.weight.source)?.clone();
         let value = self.value(layer, linear, &tensor)?;
-        self.put(&linear.weight.source, &tensor, value)
+        self.put(&linear.weight.source, value)
     }
 
-    /// Gives a stored tensor another value, where it stands.
-    pub(super) fn put(&mut self, source: &Source, tensor: &TensorProto, value: Due) -> Result<()> {
-        match source {
+    /// Gives a stored tensor another value.
+    pub(super) fn put(&mut self, source: &Source, value: Due) -> Result<()> {
+        let slot = match source {
             Source::Initializer { scope, index } => {
-                let place = if external::is_external(tensor) { self.external(value)? } else { NewPlace::Inline(value) };
-                let index = self.base.initializer(scope, *index);
-                self.patch.graph(&self.base.scope(scope)).replace_values.insert(index, place);
+                Slot::Initializer { scope: self.base.scope(scope), index: self.base.initializer(scope, *index) }
             }
             Source::ConstantNode { scope, node } => {
-                let mut constant: NodeProto = self.base.graph_at(scope)?.node[*node].clone();
-                let tensor = constant.attribute.iter_mut().find_map(|a: &mut AttributeProto| a.t.as_mut());
-                let tensor = tensor.ok_or_else(|| Error::model("a Constant node lost its tensor"))?;
-                let mut bytes = Vec::with_capacity(value.len);
-                (value.write)(&mut bytes).map_err(|e| e.at(&self.model.path))?;
-                tensor.raw_data = Some(bytes.into());
-                tensor.float_data.clear();
-                tensor.int32_data.clear();
-                let bytes = prost::Message::encode_to_vec(&constant);
-                let index = self.base.node(scope, *node);
-                self.patch.graph(&self.base.scope(scope)).replace_nodes.insert(index, bytes.into());
+                let attributes = &self.base.graph_at(scope)?.node[*node].attribute;
+                let attribute = attributes.iter().position(|a| a.t.is_some());
+                let attribute = attribute.ok_or_else(|| Error::model("a Constant node lost its tensor"))?;
+                Slot::Attribute { scope: self.base.scope(scope), node: self.base.node(scope, *node), attribute }
             }
-        }
+        };
+        self.values.replaced.insert(slot, value);
         Ok(())
     }
 
@@ -114,29 +94,19 @@ impl Merger<'_> {
             [columns, rows]
         };
         let shaped = linear.form.shape(linear.in_features, linear.out_features, linear.trans_b);
-        self.add(name, shaped.as_deref().unwrap_or(&dims), &tensor, value)
+        self.add(name, shaped.as_deref().unwrap_or(&dims), &tensor, value);
+        Ok(())
     }
 
     /// A new initializer of the main graph, kept where `like` is.
-    pub(super) fn add(&mut self, name: &str, dims: &[usize], like: &TensorProto, value: Due) -> Result<()> {
-        let mut header = TensorProto {
+    pub(super) fn add(&mut self, name: &str, dims: &[usize], like: &TensorProto, value: Due) {
+        let header = TensorProto {
             name: Some(name.into()),
             dims: dims.iter().map(|d| *d as i64).collect(),
             data_type: like.data_type,
             ..Default::default()
         };
-        let tensor = if external::is_external(like) {
-            if let NewPlace::External(place) = self.external(value)? {
-                let entries = place.entries();
-                header.external_data = entries.external_data;
-                header.data_location = entries.data_location;
-            }
-            header.into()
-        } else {
-            NewTensor { header, value: Some(value) }
-        };
-        self.patch.graph(&Scope::new()).add_initializers.push(tensor);
-        Ok(())
+        self.values.added.push((header, value, external::is_external(like)));
     }
 
     /// A parameter that was trained in full takes the place of the base's; `value` is float32, as torch has it.
@@ -171,10 +141,10 @@ impl Merger<'_> {
             }),
         };
         if parameter.exclusive {
-            return self.put(&parameter.source, &tensor, value);
+            return self.put(&parameter.source, value);
         }
         let name = names.fresh(&format!("{}.merged", parameter.path));
-        self.add(&name, &dims, &tensor, value)?;
+        self.add(&name, &dims, &tensor, value);
         for used in &parameter.uses {
             let node = self.base.node(&used.scope, used.node);
             self.patch.graph(&self.base.scope(&used.scope)).rename_input(node, used.input, &name);
@@ -279,15 +249,5 @@ impl Merger<'_> {
             Ok(())
         };
         Ok(Due { len, write: Box::new(write) })
-    }
-
-    /// Puts `value` into the merged model's external file.
-    fn external(&mut self, value: Due) -> Result<NewPlace> {
-        let location = self.location.clone().ok_or_else(|| Error::config("the output path names no file"))?;
-        let offset = aligned(self.end);
-        self.end = offset + value.len as u64;
-        let place = Place { location, offset, length: Some(value.len as u64) };
-        self.external.push(value);
-        Ok(NewPlace::External(place))
     }
 }

@@ -18,14 +18,13 @@ use serde::Serialize;
 use crate::adapter::{Adapter, Injection};
 use crate::base::Base;
 use crate::inject::place::Site;
-use crate::inject::{extract, fit};
+use crate::inject::{check_shared, extract, fit};
 use crate::inline;
-use crate::onnx::external;
-use crate::onnx::{Due, Durability, Model, Names, Patch, Rope, Tensor, copy_external, write_atomic};
+use crate::onnx::{Model, Names, NewValues, Patch, Store, Stored, Tensor};
 use crate::select::{self, Linear, Source};
 use crate::unload::strip;
 use crate::{Error, Result, did_you_mean};
-use merge::{Merger, aligned};
+use merge::Merger;
 pub use quantized::{QuantizedFold, RequantizedLayer};
 
 /// Called with the name of each module or parameter whose merged value is being written.
@@ -46,17 +45,16 @@ pub struct FoldOptions {
     pub allow_partial: bool,
     /// What becomes of layers whose weight is quantised.
     pub quantized: QuantizedFold,
-    /// Whether to wait until the merged model is on the disk.
-    pub durability: Durability,
+    /// Where the merged model keeps its tensors, and whether to wait until it is on the disk.
+    pub store: Store,
     pub progress: Option<Progress>,
 }
 
 /// A finished fold, not yet written.
 pub struct Folded {
     patch: Patch,
-    /// Weights of the external file that the merged model gets, if it gets one.
-    external: Vec<Due>,
-    durability: Durability,
+    values: NewValues,
+    store: Store,
     pub summary: FoldSummary,
     opened: Option<Model>,
 }
@@ -78,6 +76,8 @@ pub struct FoldSummary {
     /// Modules that got a weight of floats in place of a quantised one.
     pub dequantized: Vec<String>,
     pub head: Option<String>,
+    /// Data files of the merged model.
+    pub data: Stored,
     pub warnings: Vec<String>,
 }
 
@@ -117,9 +117,9 @@ impl Layer<'_> {
 /// # Errors
 /// No adapter, an unknown one, or one that does not fit; layers where adapters of two kinds meet; a merge that has no
 /// way back.
-pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> {
+pub fn fold(model: &Model, options: &FoldOptions) -> Result<Folded> {
     let (mut folded, opened) = inline::opened(model, |model, _| {
-        let folded = fold_into(model, options, out)?;
+        let folded = fold_into(model, options)?;
         let modules = folded.summary.adapted().map(str::to_string).collect();
         Ok((folded, modules))
     })?;
@@ -127,11 +127,12 @@ pub fn fold(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> 
     Ok(folded)
 }
 
-fn fold_into(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded> {
+fn fold_into(model: &Model, options: &FoldOptions) -> Result<Folded> {
     let record = match Injection::read(model)? {
         None if options.extra.is_empty() => Some(Injection::expect(model)?),
         record => record,
     };
+    record.iter().try_for_each(|record| check_shared(model, record, false))?;
     let mut summary = FoldSummary::default();
     let base = Base::of(model, record.as_ref())?;
     let linears = base.linears();
@@ -160,8 +161,7 @@ fn fold_into(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded>
     let mut names = Names::of(&base.proto);
     summary.adapters = adapters.iter().map(|a| a.name.clone()).collect();
     summary.head = record.as_ref().and_then(|r| r.head.as_ref()).map(|h| h.name.clone());
-    let location = data_location(model, out);
-    let mut merge = Merger { model, base: &base, options, patch: &mut patch, external: Vec::new(), location, end: 0 };
+    let mut merge = Merger { model, base: &base, options, patch: &mut patch, values: NewValues::default() };
 
     // Weights whose every reader is adapted can change in place, once: for the first module that reads them.
     let mut taken: HashSet<&Source> = HashSet::new();
@@ -200,38 +200,23 @@ fn fold_into(model: &Model, options: &FoldOptions, out: &Path) -> Result<Folded>
             summary.replaced.push(path.to_string());
         }
     }
-    let external = merge.external;
-    Ok(Folded { patch, external, durability: options.durability, summary, opened: None })
+    let values = merge.values;
+    Ok(Folded { patch, values, store: options.store.clone(), summary, opened: None })
 }
 
 impl Folded {
-    /// Writes the merged model to `out` (which may be the injected model's own path).
-    pub fn write(self, model: &Model, out: &Path) -> Result<FoldSummary> {
+    /// The changes to the graph and the merged values, for other uses than a file; and the model that they are changes of,
+    /// where that is not the one that was folded.
+    pub(crate) fn into_parts(self) -> (Patch, NewValues, Option<Model>) {
+        (self.patch, self.values, self.opened)
+    }
+
+    /// Writes the merged model to `out` (which may be the injected model's own path: see [`Store::write`]).
+    pub fn write(mut self, model: &Model, out: &Path) -> Result<FoldSummary> {
         let model = self.opened.as_ref().unwrap_or(model);
-        let rope = model.patched(self.patch)?;
-        copy_external(model, &external::locations(model)?, out, self.durability)?;
-        if !self.external.is_empty()
-            && let Some(location) = data_location(model, out)
-        {
-            let mut data = Rope::default();
-            for value in self.external {
-                data.push(vec![0; (aligned(data.len() as u64) - data.len() as u64) as usize]);
-                data.push_due(value);
-            }
-            write_atomic(&out.with_file_name(location), data, None, self.durability)?;
-        }
-        model.write_as(rope, out, self.durability)?;
+        self.summary.data = self.store.write(model, self.patch, self.values, out)?;
         Ok(self.summary)
     }
-}
-
-/// Where a merged model keeps the weights that the base keeps in external files: a new file named after the output, so
-/// that the base's own data stays as it is.
-fn data_location(model: &Model, out: &Path) -> Option<String> {
-    let taken = external::locations(model).ok()?;
-    let name = out.file_name()?.to_string_lossy().into_owned();
-    let candidates = [format!("{name}.data"), format!("{name}.merged.data")];
-    candidates.into_iter().find(|c| !taken.contains(c))
 }
 
 /// The adapters to merge, with their values.

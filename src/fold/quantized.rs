@@ -209,8 +209,7 @@ impl Merger<'_> {
         ];
         for (source, bytes) in parts {
             if let (Some(source), Some(bytes)) = (source, bytes) {
-                let tensor = place::source(self.base, &source)?.clone();
-                self.put(&source, &tensor, due(bytes))?;
+                self.put(&source, due(bytes))?;
             }
         }
         self.options.progress.iter().for_each(|p| p(layer.module));
@@ -330,7 +329,8 @@ impl Merger<'_> {
         }
         let like = place::source(self.base, &linear.weight.source)?.clone();
         let like = TensorProto { data_type: Some(element as i32), ..like };
-        self.add(name, &dims, &like, due(bytes))
+        self.add(name, &dims, &like, due(bytes));
+        Ok(())
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::adapter::Written;
 use crate::base::Base;
-use crate::onnx::{DataType, GraphProto, ModelProto, NodeProto, Patch, Scope, TensorProto, value_info};
+use crate::onnx::{DataType, GraphProto, ModelProto, NewTensor, NodeProto, Patch, Scope, TensorProto, value_info};
 
 /// What the adapters' nodes are for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -103,13 +103,14 @@ fn apply(graph: &mut GraphProto, scope: &mut Scope, edits: &mut BTreeMap<(Scope,
 
 /// Adds an initializer to the main graph; before IR 4 every initializer has to be a graph input as well, and one that
 /// callers may override is in any version.
-pub(crate) fn add_initializer(model: &ModelProto, patch: &mut Patch, tensor: TensorProto, overridable: bool) {
+pub(crate) fn add_initializer(model: &ModelProto, patch: &mut Patch, tensor: impl Into<NewTensor>, overridable: bool) {
+    let tensor = tensor.into();
     let main = patch.graph(&Scope::new());
     if overridable || model.ir_version() < 4 {
-        let dims: Vec<String> = tensor.dims.iter().map(i64::to_string).collect();
+        let dims: Vec<String> = tensor.header.dims.iter().map(i64::to_string).collect();
         let dims: Vec<&str> = dims.iter().map(String::as_str).collect();
-        let element = DataType::try_from(tensor.data_type()).unwrap_or(DataType::Float);
-        main.add_inputs.push(value_info(tensor.name(), element, &dims));
+        let element = DataType::try_from(tensor.header.data_type()).unwrap_or(DataType::Float);
+        main.add_inputs.push(value_info(tensor.header.name(), element, &dims));
     }
-    main.add_initializers.push(tensor.into());
+    main.add_initializers.push(tensor);
 }

@@ -104,7 +104,7 @@ fn import_into(
     let site = Site { model, base: &base, linears: &linears };
     fit(&site, &mut adapter, allow_partial, &mut summary.warnings)?;
     let patch = rewrite(model, &base, old.as_ref(), &mut record, &[adapter], &mut summary)?;
-    Ok(Injected { patch, summary, opened: None })
+    Ok(Injected { patch, summary, record, opened: None })
 }
 
 /// Holds an adapter against a model: takes out what does not fit, or fails with a list of it.

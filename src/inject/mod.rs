@@ -7,6 +7,7 @@ mod head;
 mod manage;
 pub(crate) mod place;
 mod product;
+mod share;
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -18,11 +19,12 @@ use serde::Serialize;
 pub use head::HeadOptions;
 pub use manage::{activate, delete, extract, import, rename};
 pub(crate) use manage::{collect, fit};
+pub use share::{SharedData, check_shared};
 
 use crate::adapter::{Adapter, AdapterRecord, BoneConfig, HeadRecord, Injection, Inlined, METADATA_KEY, TargetModules};
 use crate::base::Base;
 use crate::inline;
-use crate::onnx::{Durability, Model, Names, Patch, Tensor, copy_external, external};
+use crate::onnx::{Durability, Model, Names, NewTensor, Patch, Tensor, write_beside};
 use crate::select::{self, Version};
 use crate::unload::strip;
 use crate::{Error, Result};
@@ -66,6 +68,7 @@ pub struct Injected {
     pub patch: Patch,
     pub summary: InjectSummary,
     opened: Option<Model>,
+    record: Injection,
 }
 
 /// What an injection did, for people and pipelines.
@@ -164,7 +167,7 @@ fn inject_into(model: &Model, options: &InjectOptions, calls: &[Inlined]) -> Res
         record.head = Some(head);
         note(&mut patch, &record)?;
     }
-    Ok(Injected { patch, summary, opened: None })
+    Ok(Injected { patch, summary, record, opened: None })
 }
 
 impl Injected {
@@ -198,8 +201,7 @@ impl Injected {
 
 /// Writes a model whose adapters changed to `out` (which may be its own path), with its external data beside it.
 pub fn write(model: &Model, patch: Patch, out: &Path) -> Result<()> {
-    copy_external(model, &external::locations(model)?, out, Durability::OnDisk)?;
-    model.write(model.patched(patch)?, out)
+    write_beside(model, patch, out, Durability::OnDisk)
 }
 
 /// The change from the adapters of `old` to those of `record` and `added`, which become active; `record` is brought up
@@ -236,7 +238,7 @@ pub(crate) fn rewrite(
     };
     emission.patch(base, &mut patch);
     for (name, value) in values {
-        add_initializer(&model.proto, &mut patch, value.to_proto(&name), record.overridable);
+        add_initializer(&model.proto, &mut patch, NewTensor::new(&name, value), record.overridable);
     }
     for tensor in emission.constants {
         add_initializer(&model.proto, &mut patch, tensor, false);

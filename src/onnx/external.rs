@@ -6,20 +6,20 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::{Component, Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 
 use super::proto::StringStringEntryProto;
 use super::proto::tensor_proto::DataLocation;
-use super::{Durability, Model, TensorProto, walk_graphs};
+use super::{Model, Origin, TensorProto, walk_graphs};
 use crate::{Error, Result};
 
 /// The external files of one model, mapped when first asked for.
 #[derive(Debug)]
 pub struct ExternalData {
     dir: PathBuf,
-    maps: Mutex<HashMap<PathBuf, Bytes>>,
+    maps: Mutex<HashMap<PathBuf, Origin>>,
 }
 
 /// Where a tensor's bytes stand: `location` as written in the model, the range inside that file.
@@ -29,6 +29,8 @@ pub struct Place {
     pub offset: u64,
     /// `None`: to the end of the file.
     pub length: Option<u64>,
+    /// SHA-1 of the whole file, in hexadecimal, where the model says one.
+    pub checksum: Option<String>,
 }
 
 impl Place {
@@ -38,7 +40,18 @@ impl Place {
         let mut external_data =
             vec![entry("location", self.location.clone()), entry("offset", self.offset.to_string())];
         external_data.extend(self.length.map(|len| entry("length", len.to_string())));
+        external_data.extend(self.checksum.clone().map(|sum| entry("checksum", sum)));
         TensorProto { external_data, data_location: Some(DataLocation::External as i32), ..Default::default() }
+    }
+
+    /// The bytes that this place means in a file of `size` bytes; `None` where they are not all there.
+    pub fn range(&self, size: usize) -> Option<std::ops::Range<usize>> {
+        let offset = usize::try_from(self.offset).ok()?;
+        let end = match self.length {
+            Some(len) => offset.checked_add(usize::try_from(len).ok()?)?,
+            None => size,
+        };
+        (offset <= end && end <= size).then_some(offset..end)
     }
 }
 
@@ -48,34 +61,53 @@ impl ExternalData {
         Self { dir: dir.into(), maps: Mutex::default() }
     }
 
+    /// The model's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The bytes of an external tensor; no copy is made.
     pub fn bytes(&self, tensor: &TensorProto) -> Result<Bytes> {
         let place = place(tensor)?;
         let name = tensor.name();
-        let path = self.resolve(&place.location).map_err(|what| {
+        let whole = self.file(&place.location).map_err(|what| {
             Error::model(format!("tensor {name}: its external data is at {:?}, {what}", place.location))
         })?;
-        let whole = self.map(&path, name)?;
-        let size = whole.len() as u64;
-        let end = match place.length {
-            Some(len) => place.offset.checked_add(len),
-            None => Some(size),
-        };
-        match end {
-            Some(end) if end <= size && place.offset <= end => Ok(whole.slice(place.offset as usize..end as usize)),
-            _ => Err(Error::file(
-                path,
+        let size = whole.bytes.len();
+        match place.range(size) {
+            Some(range) => Ok(whole.bytes.slice(range)),
+            None => Err(Error::file(
+                self.dir.join(&place.location),
                 format!(
                     "tensor {name} should be at bytes {}..{}, but the file has {size} bytes: it is too short; \
                      copy the whole file again from where the model came from",
                     place.offset,
-                    end.map_or("beyond 2^64".into(), |e| e.to_string()),
+                    place.length.map_or("the end".into(), |len| place
+                        .offset
+                        .checked_add(len)
+                        .map_or("beyond 2^64".into(), |end| end.to_string())),
                 ),
             )),
         }
     }
 
-    /// The file that `location` means, or why it is not followed.
+    /// The file that `location` means, opened and mapped, or why it is not followed.
+    pub fn file(&self, location: &str) -> Result<Origin, String> {
+        let path = self.resolve(location)?;
+        let mut maps = self.maps.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(origin) = maps.get(&path) {
+            return Ok(origin.clone());
+        }
+        let missing = |e: std::io::Error| format!("which cannot be opened in {}: {e}", self.dir.display());
+        let file = open_real(&path).map_err(missing)?;
+        // What was opened need no longer be what was looked at.
+        self.check(&path, &file.metadata().map_err(missing)?)?;
+        let origin = Origin::map(file).map_err(missing)?;
+        maps.insert(path, origin.clone());
+        Ok(origin)
+    }
+
+    /// Where the file that `location` means really is, or why it is not followed.
     pub fn resolve(&self, location: &str) -> Result<PathBuf, String> {
         let relative = checked_relative(location)?;
         let path = self.dir.join(relative);
@@ -88,52 +120,83 @@ impl ExternalData {
         if !real.starts_with(&dir) && !is_cache_blob(&dir, &real) {
             return Err("which is a link out of the model's directory; such files are not opened".into());
         }
-        let meta = fs::metadata(&real).map_err(missing)?;
+        self.check(&real, &fs::metadata(&real).map_err(missing)?)?;
+        Ok(real)
+    }
+
+    /// Only regular files that nobody else has under another name.
+    fn check(&self, real: &Path, meta: &fs::Metadata) -> Result<(), String> {
         if !meta.is_file() {
             return Err("which is not a regular file".into());
         }
         #[cfg(unix)]
         {
             use std::os::unix::fs::MetadataExt;
-            if meta.nlink() > 1 && !is_cache_blob(&dir, &real) {
+            let dir = fs::canonicalize(&self.dir).unwrap_or_default();
+            if meta.nlink() > 1 && !is_cache_blob(&dir, real) {
                 return Err(
                     "which has more than one hard link, so its content may be another file's; copy it first".into()
                 );
             }
         }
-        Ok(real)
-    }
-
-    fn map(&self, path: &Path, tensor: &str) -> Result<Bytes> {
-        let mut maps = self.maps.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(bytes) = maps.get(path) {
-            return Ok(bytes.clone());
-        }
-        let bytes = map_file(path)
-            .map_err(|e| Error::model(format!("tensor {tensor}: cannot open {}: {e}", path.display())))?;
-        maps.insert(path.to_path_buf(), bytes.clone());
-        Ok(bytes)
+        Ok(())
     }
 }
 
-/// The file's content as a memory map (an empty file as no bytes).
-pub(crate) fn map_file(path: &Path) -> std::io::Result<Bytes> {
-    let file = File::open(path)?;
-    if file.metadata()?.len() == 0 {
-        return Ok(Bytes::new());
+impl Origin {
+    /// Opens and maps the file at `path`.
+    pub fn open(path: &Path) -> std::io::Result<Self> {
+        Self::map(File::open(path)?)
     }
-    // SAFETY: the map is read-only and private. Another process that truncates the file while we read it can make the
-    // reads fault; our own writes go to new files that are renamed into place, never to a mapped one.
-    Ok(Bytes::from_owner(unsafe { memmap2::Mmap::map(&file)? }))
+
+    /// Maps the content of `file` (an empty file as no bytes).
+    pub fn map(file: File) -> std::io::Result<Self> {
+        let bytes = if file.metadata()?.len() == 0 {
+            Bytes::new()
+        } else {
+            // SAFETY: the map is read-only and private. Another process that truncates the file while we read it can
+            // make the reads fault; our own writes go to new files that are renamed into place, never to a mapped one.
+            Bytes::from_owner(unsafe { memmap2::Mmap::map(&file)? })
+        };
+        Ok(Self { file: Arc::new(file), bytes })
+    }
+}
+
+/// Opens a path without symbolic links: one that came into it meanwhile is not followed, and a pipe is not waited for.
+fn open_real(real: &Path) -> std::io::Result<File> {
+    #[cfg(unix)]
+    {
+        use rustix::fs::{Mode, OFlags};
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        #[cfg(target_os = "linux")]
+        match rustix::fs::openat2(rustix::fs::CWD, real, flags, Mode::empty(), rustix::fs::ResolveFlags::NO_SYMLINKS) {
+            // Kernels before 5.6, and sandboxes, lack it.
+            Err(rustix::io::Errno::NOSYS | rustix::io::Errno::PERM) => {}
+            opened => return Ok(opened?.into()),
+        }
+        Ok(rustix::fs::open(real, flags, Mode::empty())?.into())
+    }
+    #[cfg(not(unix))]
+    File::open(real)
+}
+
+/// The content of the file at `path` as a memory map.
+pub(crate) fn map_file(path: &Path) -> std::io::Result<Bytes> {
+    Ok(Origin::open(path)?.bytes)
+}
+
+/// Calls `visit` with every tensor of the model whose bytes stand in another file, in file order.
+pub fn each_external<'a>(model: &'a Model, visit: &mut impl FnMut(&'a TensorProto)) {
+    walk_graphs(model.graph(), &mut |_, graph| {
+        let attributes = graph.node.iter().flat_map(|n| &n.attribute).filter_map(|a| a.t.as_ref());
+        graph.initializer.iter().chain(attributes).filter(|t| is_external(t)).for_each(&mut *visit);
+    });
 }
 
 /// Locations of all external files that the model's tensors name, in order, each once.
 pub fn locations(model: &Model) -> Result<Vec<String>> {
     let mut places = Vec::new();
-    walk_graphs(model.graph(), &mut |_, graph| {
-        let attributes = graph.node.iter().flat_map(|n| &n.attribute).filter_map(|a| a.t.as_ref());
-        places.extend(graph.initializer.iter().chain(attributes).filter(|t| is_external(t)).map(place));
-    });
+    each_external(model, &mut |tensor| places.push(place(tensor)));
     let mut locations = Vec::new();
     for place in places {
         let location = place?.location;
@@ -142,49 +205,6 @@ pub fn locations(model: &Model) -> Result<Vec<String>> {
         }
     }
     Ok(locations)
-}
-
-/// Copies the external files in `locations` beside `out`, under the names the model calls them by. Nothing is done
-/// where they already are those files. A file that is there and is not known to belong to `out` is not overwritten.
-pub fn copy_external(model: &Model, locations: &[String], out: &Path, durability: Durability) -> Result<()> {
-    let dir = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    for location in locations {
-        let from = model
-            .external
-            .resolve(location)
-            .map_err(|what| Error::file(&model.path, format!("its external data is at {location:?}, {what}")))?;
-        let to = dir.join(
-            checked_relative(location).map_err(|what| Error::file(&model.path, format!("{location:?}, {what}")))?,
-        );
-        if fs::canonicalize(&to).is_ok_and(|real| real == from) {
-            continue;
-        }
-        if to.exists() && !belongs_to(out, location) && !same_content(&from, &to) {
-            return Err(Error::config(format!(
-                "{} is another model's data file and would be overwritten; write to another directory",
-                to.display()
-            )));
-        }
-        if let Some(parent) = to.parent() {
-            fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-        }
-        let mut source = File::open(&from).map_err(Error::io("read", &from))?;
-        let len = source.metadata().map_err(Error::io("read", &from))?.len();
-        super::atomic::replace(&to, len, durability, |file| Ok(std::io::copy(&mut source, file).map(|_| ())?))?;
-    }
-    Ok(())
-}
-
-/// True where the model that stands at `out` (about to be replaced) keeps its data at `location`.
-pub fn belongs_to(out: &Path, location: &str) -> bool {
-    Model::open(out).and_then(|m| locations(&m)).is_ok_and(|l| l.iter().any(|l| l == location))
-}
-
-fn same_content(a: &Path, b: &Path) -> bool {
-    match (map_file(a), map_file(b)) {
-        (Ok(a), Ok(b)) => a == b,
-        _ => false,
-    }
 }
 
 /// True where the tensor's bytes stand in another file.
@@ -206,7 +226,8 @@ pub fn place(tensor: &TensorProto) -> Result<Place> {
     };
     let location = entry("location")
         .ok_or_else(|| Error::model(format!("tensor {}: external data without a location", tensor.name())))?;
-    Ok(Place { location: location.into(), offset: number("offset")?.unwrap_or(0), length: number("length")? })
+    let checksum = entry("checksum").map(Into::into);
+    Ok(Place { location: location.into(), offset: number("offset")?.unwrap_or(0), length: number("length")?, checksum })
 }
 
 /// `location` as a path that stays below where it starts, or why it does not.
@@ -227,7 +248,7 @@ pub fn checked_relative(location: &str) -> Result<PathBuf, String> {
 }
 
 /// True where `real` is `<cache>/blobs/<hash>` and `dir` is below `<cache>/snapshots/`.
-fn is_cache_blob(dir: &Path, real: &Path) -> bool {
+pub(super) fn is_cache_blob(dir: &Path, real: &Path) -> bool {
     let Some(blobs) = real.parent().filter(|p| p.file_name().is_some_and(|n| n == "blobs")) else { return false };
     let Some(cache) = blobs.parent() else { return false };
     dir.starts_with(cache.join("snapshots"))

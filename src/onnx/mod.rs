@@ -5,6 +5,7 @@
 //! byte for byte, unknown fields included.
 
 mod atomic;
+mod beside;
 mod build;
 pub mod external;
 pub mod functions;
@@ -14,17 +15,21 @@ mod patch;
 pub mod proto;
 mod rope;
 pub mod shape;
+mod store;
 mod tensor;
 pub mod upgrade;
 pub mod wire;
 
 pub use atomic::{Durability, write_atomic};
+pub use beside::{copy_external, write_beside};
 pub use build::{constant_i64, node, value_info};
-pub use external::{ExternalData, copy_external};
+pub use external::ExternalData;
 pub use model::{Model, walk_graphs};
 pub use names::Names;
-pub use patch::{GraphPatch, NewPlace, NewTensor, Patch, Scope};
+pub use patch::{GraphPatch, Moved, NewPlace, NewTensor, Patch, Scope};
 pub use proto::tensor_proto::DataType;
 pub use proto::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
-pub use rope::{Due, Rope, RopeError};
+pub use rope::{Due, Origin, Rope, RopeError};
+pub(crate) use store::sha1;
+pub use store::{Layout, NewValues, Slot, Store, Stored};
 pub use tensor::{Element, Tensor, data_type_name};

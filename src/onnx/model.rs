@@ -1,14 +1,13 @@
 //! A model as it was read: the decoded schema over a memory map of the file, and access to its tensors.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use prost::Message;
 
-use super::external::{self, ExternalData, map_file};
+use super::external::{self, ExternalData};
 use super::tensor::{proto_dims, proto_type, typed_bytes};
-use super::{Durability, GraphProto, ModelProto, Patch, Rope, Scope, Tensor, TensorProto};
+use super::{Durability, GraphProto, ModelProto, Origin, Patch, Rope, Scope, Tensor, TensorProto};
 use crate::{Error, Result};
 
 /// An ONNX file, read without copying a weight.
@@ -22,8 +21,8 @@ pub struct Model {
     pub proto: ModelProto,
     /// Files beside the model that hold tensors.
     pub external: ExternalData,
-    /// True where `source` is what the file at `path` holds, and not made from it.
-    is_file: bool,
+    /// The file that `source` maps.
+    origin: Option<Origin>,
 }
 
 impl Model {
@@ -34,8 +33,9 @@ impl Model {
         if !meta.is_file() {
             return Err(Error::file(path, "this is not a file"));
         }
-        let source = map_file(path).map_err(Error::io("read", path))?;
-        Ok(Self { is_file: true, ..Self::from_bytes(path, source)? })
+        let origin = Origin::open(path).map_err(Error::io("read", path))?;
+        let model = Self::from_bytes(path, origin.bytes.clone())?;
+        Ok(Self { origin: Some(origin), ..model })
     }
 
     /// Decodes `source`; `path` names it in messages, and external data is looked for beside it.
@@ -62,7 +62,12 @@ impl Model {
             return Err(Error::file(path, "this is not a usable ONNX model: it imports no operator set"));
         }
         let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        Ok(Self { path: path.into(), source, proto, external: ExternalData::beside(dir), is_file: false })
+        Ok(Self { path: path.into(), source, proto, external: ExternalData::beside(dir), origin: None })
+    }
+
+    /// The file that was read, and its map; `None` where the bytes came from elsewhere.
+    pub fn origin(&self) -> Option<&Origin> {
+        self.origin.as_ref()
     }
 
     pub fn graph(&self) -> &GraphProto {
@@ -185,14 +190,24 @@ impl Model {
     }
 
     /// As [`Model::write`], waiting for the disk or not.
+    ///
+    /// # Errors
+    /// A file that no reader would take, because it is larger than protobuf allows; those of the file system.
     pub fn write_as(&self, rope: Rope, path: &Path, durability: Durability) -> Result<()> {
-        let origin = File::open(&self.path).ok().filter(|f| {
-            // Only while the path still names the file that was mapped can the kernel copy from it.
-            self.is_file && f.metadata().is_ok_and(|m| m.len() == self.source.len() as u64)
-        });
-        super::write_atomic(path, rope, origin.as_ref().map(|f| (f, &self.source)), durability)
+        if rope.len() > LARGEST {
+            return Err(Error::model(format!(
+                "{}: the model would be a file of {:.1} GB, but no reader takes more than 2 GB (protobuf's limit); keep \
+                 its weights in a file of their own: fold has --external-data-location for that",
+                path.display(),
+                rope.len() as f64 / 1e9
+            )));
+        }
+        super::write_atomic(path, rope, self.origin.as_slice(), durability)
     }
 }
+
+/// Protobuf's limit for one message.
+pub(crate) const LARGEST: usize = i32::MAX as usize;
 
 /// Calls `visit` for `graph` and every graph below it (depth first, in file order) with its place.
 pub fn walk_graphs<'a>(graph: &'a GraphProto, visit: &mut impl FnMut(&Scope, &'a GraphProto)) {

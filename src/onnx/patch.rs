@@ -8,9 +8,10 @@ use prost::Message;
 
 use super::external::Place;
 use super::proto::StringStringEntryProto;
+use super::proto::tensor_proto::DataLocation;
 use super::rope::{Due, Rope};
 use super::wire::{self, Record};
-use super::{NodeProto, TensorProto, ValueInfoProto};
+use super::{NodeProto, Tensor, TensorProto, ValueInfoProto};
 use crate::Result;
 
 /// The way from the main graph to a subgraph: (index of the node, index of its attribute) at each level.
@@ -26,8 +27,12 @@ const GRAPH_OUTPUT: u32 = 12;
 const NODE_INPUT: u32 = 1;
 const NODE_OUTPUT: u32 = 2;
 pub(super) const NODE_ATTRIBUTE: u32 = 5;
+const ATTRIBUTE_TENSOR: u32 = 5;
 pub(super) const ATTRIBUTE_GRAPH: u32 = 6;
 const TENSOR_RAW_DATA: u32 = 9;
+const TENSOR_EXTERNAL_DATA: u32 = 13;
+const TENSOR_DATA_LOCATION: u32 = 14;
+const ENTRY_VALUE: u32 = 2;
 /// Fields of TensorProto that hold a value: float/int32/string/int64 data, raw data, double/uint64 data, external.
 const TENSOR_VALUES: [u32; 9] = [4, 5, 6, 7, 9, 10, 11, 13, 14];
 
@@ -37,6 +42,16 @@ pub struct Patch {
     pub graphs: BTreeMap<Scope, GraphPatch>,
     pub set_metadata: Vec<(String, String)>,
     pub drop_metadata: BTreeSet<String>,
+    /// Data files that go by another name, by their `location` in the source.
+    pub moved: BTreeMap<String, Moved>,
+}
+
+/// What the tensors in a data file say of it now.
+#[derive(Debug, Clone)]
+pub struct Moved {
+    pub location: String,
+    /// In place of the `checksum` that a tensor has.
+    pub checksum: Option<String>,
 }
 
 /// Changes to one graph. Indices are those of the elements in the file.
@@ -55,6 +70,8 @@ pub struct GraphPatch {
     pub append_nodes: Vec<NodeProto>,
     /// A new value for an initializer (its name, shape, type and documentation stay).
     pub replace_values: BTreeMap<usize, NewPlace>,
+    /// The same for the tensor in a node's attribute, by the indices of both.
+    pub replace_attributes: BTreeMap<(usize, usize), NewPlace>,
     pub drop_initializers: BTreeSet<usize>,
     pub add_initializers: Vec<NewTensor>,
     pub drop_inputs: BTreeSet<usize>,
@@ -63,10 +80,10 @@ pub struct GraphPatch {
     pub add_outputs: Vec<ValueInfoProto>,
 }
 
-/// Where an initializer's new value stands.
+/// Where a tensor's new value stands.
 pub enum NewPlace {
     /// In the model itself, as raw data.
-    Inline(Due),
+    Inline(Rope),
     /// In an external file (which the caller writes).
     External(Place),
 }
@@ -76,6 +93,19 @@ pub struct NewTensor {
     pub header: TensorProto,
     /// `None` where the header already says where the value is.
     pub value: Option<Due>,
+}
+
+impl NewTensor {
+    /// `value` under a name.
+    pub fn new(name: &str, value: Tensor) -> Self {
+        let header = TensorProto {
+            name: Some(name.into()),
+            dims: value.dims().iter().map(|d| *d as i64).collect(),
+            data_type: Some(value.data_type() as i32),
+            ..Default::default()
+        };
+        Self { header, value: Some(value.into()) }
+    }
 }
 
 impl From<TensorProto> for NewTensor {
@@ -110,15 +140,10 @@ impl NewTensor {
         let mut rope = Rope::default();
         rope.push(self.header.encode_to_vec());
         if let Some(value) = self.value {
-            push_raw_data(&mut rope, value);
+            rope.append(Rope::from(value).into_field(TENSOR_RAW_DATA));
         }
         rope
     }
-}
-
-fn push_raw_data(rope: &mut Rope, value: Due) {
-    rope.push(wire::header(TENSOR_RAW_DATA, value.len));
-    rope.push_due(value);
 }
 
 impl Patch {
@@ -171,7 +196,10 @@ impl Patch {
                     if let Some(value) = patch.replace_values.remove(&initializers) {
                         rope.append(with_value(&record.body, value)?.into_field(GRAPH_INITIALIZER));
                     } else if !patch.drop_initializers.contains(&initializers) {
-                        rope.push(record.raw.clone());
+                        match self.moved(&record.body)? {
+                            Some(tensor) => rope.append(tensor.into_field(GRAPH_INITIALIZER)),
+                            None => rope.push(record.raw.clone()),
+                        }
                     }
                     initializers += 1;
                 }
@@ -224,48 +252,119 @@ impl Patch {
         for (field, nth, name) in patch.renames.remove(&index).unwrap_or_default() {
             body = Some(wire::with_string(body.as_ref().unwrap_or(&record.body), field, nth, &name)?);
         }
-        let depth = scope.len();
-        let changed_below =
-            self.graphs.keys().any(|s| s.len() > depth && s[..depth] == scope[..] && s[depth].0 == index);
-        match (body, changed_below) {
-            (None, false) => rope.push(record.raw.clone()),
-            (body, false) => {
-                let mut node = Rope::default();
-                node.push(body.unwrap_or_default());
-                rope.append(node.into_field(GRAPH_NODE));
-            }
-            (body, true) => {
-                let mut node = Rope::default();
-                let mut attributes = 0;
-                for record in wire::records(&body.unwrap_or_else(|| record.body.clone()))? {
-                    if record.field != NODE_ATTRIBUTE {
-                        node.push(record.raw);
-                        continue;
-                    }
-                    scope.push((index, attributes));
-                    if self.graphs.keys().any(|s| s.starts_with(scope)) {
-                        let mut attribute = Rope::default();
-                        for record in wire::records(&record.body)? {
-                            if record.field == ATTRIBUTE_GRAPH {
-                                attribute.append(self.graph_rope(scope, &record.body)?.into_field(ATTRIBUTE_GRAPH));
-                            } else {
-                                attribute.push(record.raw);
-                            }
-                        }
-                        node.append(attribute.into_field(NODE_ATTRIBUTE));
-                    } else {
-                        node.push(record.raw);
-                    }
-                    scope.pop();
-                    attributes += 1;
+        let mut changed = body.is_some();
+        let body = body.unwrap_or_else(|| record.body.clone());
+        let mut node = Rope::default();
+        if self.looks_into(scope, index, patch) {
+            let mut attributes = 0;
+            for record in wire::records(&body)? {
+                if record.field != NODE_ATTRIBUTE {
+                    node.push(record.raw);
+                    continue;
                 }
-                rope.append(node.into_field(GRAPH_NODE));
+                scope.push((index, attributes));
+                let value = patch.replace_attributes.remove(&(index, attributes));
+                match self.attribute(scope, &record.body, value)? {
+                    Some(attribute) => {
+                        node.append(attribute.into_field(NODE_ATTRIBUTE));
+                        changed = true;
+                    }
+                    None => node.push(record.raw),
+                }
+                scope.pop();
+                attributes += 1;
             }
+        } else {
+            node.push(body);
+        }
+        if changed {
+            rope.append(node.into_field(GRAPH_NODE));
+        } else {
+            rope.push(record.raw.clone());
         }
         for node in patch.insert_after.remove(&index).unwrap_or_default() {
             rope.append(wire::field(GRAPH_NODE, &node));
         }
         Ok(())
+    }
+}
+
+impl Patch {
+    /// True where an attribute of node `index` of the graph at `scope` may change.
+    fn looks_into(&self, scope: &Scope, index: usize, patch: &GraphPatch) -> bool {
+        let depth = scope.len();
+        !self.moved.is_empty()
+            || patch.replace_attributes.range((index, 0)..=(index, usize::MAX)).next().is_some()
+            || self.graphs.keys().any(|s| s.len() > depth && s[..depth] == scope[..] && s[depth].0 == index)
+    }
+
+    /// The attribute at the end of `scope` with its graph changed and its tensor replaced or moved; `None` where it
+    /// stays as it is.
+    fn attribute(
+        &mut self,
+        scope: &mut Scope,
+        body: &Bytes,
+        mut value: Option<NewPlace>,
+    ) -> Result<Option<Rope>, String> {
+        let mut rope = Rope::default();
+        let mut changed = false;
+        for record in wire::records(body)? {
+            let part = match record.field {
+                ATTRIBUTE_GRAPH if !self.moved.is_empty() || self.graphs.keys().any(|s| s.starts_with(scope)) => {
+                    Some(self.graph_rope(scope, &record.body)?)
+                }
+                ATTRIBUTE_TENSOR => match value.take() {
+                    Some(value) => Some(with_value(&record.body, value)?),
+                    None => self.moved(&record.body)?,
+                },
+                _ => None,
+            };
+            changed |= part.is_some();
+            match part {
+                Some(part) => rope.append(part.into_field(record.field)),
+                None => rope.push(record.raw),
+            }
+        }
+        Ok(changed.then_some(rope))
+    }
+
+    /// The tensor with what it says of its data file brought up to date; `None` where that file is none of the moved.
+    fn moved(&self, tensor: &Bytes) -> Result<Option<Rope>, String> {
+        if self.moved.is_empty() {
+            return Ok(None);
+        }
+        let records = wire::records(tensor)?;
+        if !records.iter().any(|r| r.field == TENSOR_DATA_LOCATION && r.body[..] == [DataLocation::External as u8]) {
+            return Ok(None);
+        }
+        let entry = |record: &Record| {
+            let entry =
+                (record.field == TENSOR_EXTERNAL_DATA).then(|| StringStringEntryProto::decode(&record.body[..]));
+            entry.transpose().map_err(|e| e.to_string())
+        };
+        let mut moved = None;
+        for record in &records {
+            if let Some(entry) = entry(record)?.filter(|e| e.key() == "location") {
+                moved = self.moved.get(entry.value());
+            }
+        }
+        let Some(moved) = moved else { return Ok(None) };
+        let mut rope = Rope::default();
+        for record in records {
+            let value = match entry(&record)?.as_ref().map(|e| e.key()) {
+                Some("location") => Some(&moved.location),
+                Some("checksum") => moved.checksum.as_ref(),
+                _ => None,
+            };
+            match value {
+                Some(value) => {
+                    let entry = wire::with_string(&record.body, ENTRY_VALUE, 0, value)?;
+                    rope.append(Rope::from(entry).into_field(TENSOR_EXTERNAL_DATA));
+                }
+                None => rope.push(record.raw),
+            }
+        }
+        Ok(Some(rope))
     }
 }
 
@@ -278,7 +377,7 @@ fn with_value(tensor: &Bytes, value: NewPlace) -> Result<Rope, String> {
         }
     }
     match value {
-        NewPlace::Inline(value) => push_raw_data(&mut rope, value),
+        NewPlace::Inline(value) => rope.append(value.into_field(TENSOR_RAW_DATA)),
         NewPlace::External(place) => rope.push(place.entries().encode_to_vec()),
     }
     Ok(rope)

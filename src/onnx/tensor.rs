@@ -1,11 +1,13 @@
 //! Host tensors: n-dimensional arrays of any element type the engines exchange, and their passage to and from
 //! [`TensorProto`].
 
+use std::io::Write;
+
 use bytemuck::Pod;
 use half::{bf16, f16};
 use ndarray::{ArrayD, IxDyn};
 
-use super::{DataType, TensorProto};
+use super::{DataType, Due, TensorProto};
 use crate::{Error, Result};
 
 macro_rules! tensor {
@@ -53,6 +55,22 @@ macro_rules! tensor {
                     $(Tensor::$variant(a) => bytemuck::cast_slice(&a.as_standard_layout().as_slice().unwrap_or(&[])).to_vec(),)*
                     Tensor::Bool(a) => a.iter().map(|b| u8::from(*b)).collect(),
                 }
+            }
+
+            /// Writes what [`Tensor::to_bytes`] gives, without a copy of it where the elements lie in one piece.
+            pub fn write_bytes(&self, out: &mut dyn Write) -> std::io::Result<()> {
+                match self {
+                    $(Tensor::$variant(a) => match a.as_slice() {
+                        Some(values) => out.write_all(bytemuck::cast_slice(values)),
+                        None => out.write_all(&self.to_bytes()),
+                    },)*
+                    Tensor::Bool(_) => out.write_all(&self.to_bytes()),
+                }
+            }
+
+            /// Bytes that [`Tensor::to_bytes`] gives.
+            pub fn byte_len(&self) -> usize {
+                match self { $(Tensor::$variant(a) => a.len() * size_of::<$type>(),)* Tensor::Bool(a) => a.len() }
             }
 
             /// A tensor of `dims` from little-endian bytes; the length must fit exactly.
@@ -109,6 +127,12 @@ tensor! {
 impl From<ArrayD<bool>> for Tensor {
     fn from(array: ArrayD<bool>) -> Self {
         Tensor::Bool(array)
+    }
+}
+
+impl From<Tensor> for Due {
+    fn from(tensor: Tensor) -> Self {
+        Due { len: tensor.byte_len(), write: Box::new(move |out| Ok(tensor.write_bytes(out)?)) }
     }
 }
 

@@ -49,7 +49,7 @@ fn content(path: &Path) -> Result<Bytes> {
 fn put(path: &Path, bytes: impl Into<Bytes>) -> Result<()> {
     let mut rope = Rope::default();
     rope.push(bytes);
-    write_atomic(path, rope, None, Durability::OnDisk)
+    write_atomic(path, rope, &[], Durability::OnDisk)
 }
 
 #[cfg(test)]

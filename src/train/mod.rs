@@ -26,6 +26,7 @@ pub use options::{EvalStrategy, TrainOptions};
 
 use crate::adapter::Injection;
 use crate::engine::Engine;
+use crate::inject::check_shared;
 use crate::onnx::shape::{Dim, Shapes};
 use crate::onnx::{DataType, Model, ValueInfoProto, data_type_name};
 use crate::{Error, Result, did_you_mean};
@@ -86,6 +87,7 @@ pub struct Summary {
 pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress: &mut dyn Progress) -> Result<Summary> {
     options.validate()?;
     let injection = Injection::expect(model)?;
+    check_shared(model, &injection, false)?;
     let trained = trained(&injection, options.adapter_names.as_deref())?;
     let parameters = graph::parameters(model, &injection, &trained, options.decay_all)?;
     if parameters.is_empty() {

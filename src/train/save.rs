@@ -8,9 +8,7 @@ use serde_json::{Value, json};
 use super::graph::Parameter;
 use crate::adapter::{Adapter, Injection};
 use crate::inject::{collect, extract};
-use crate::onnx::{
-    Due, Durability, Model, NewPlace, Patch, Rope, Scope, Tensor, copy_external, external, write_atomic,
-};
+use crate::onnx::{Due, Durability, Model, NewPlace, Patch, Rope, Scope, Tensor, write_atomic, write_beside};
 use crate::peft::{self, WriteOptions};
 use crate::{Error, Result};
 
@@ -19,12 +17,10 @@ pub(super) fn injected(model: &Model, parameters: &[Parameter], path: &Path) -> 
     let mut patch = Patch::default();
     let graph = patch.graph(&Scope::new());
     for parameter in parameters {
-        let bytes = parameter.value.to_bytes();
-        let due = Due { len: bytes.len(), write: Box::new(move |out| Ok(out.write_all(&bytes)?)) };
-        graph.replace_values.insert(parameter.index, NewPlace::Inline(due));
+        let due = Due::from(parameter.value.clone());
+        graph.replace_values.insert(parameter.index, NewPlace::Inline(due.into()));
     }
-    copy_external(model, &external::locations(model)?, path, Durability::OnDisk)?;
-    model.write(model.patched(patch)?, path)
+    write_beside(model, patch, path, Durability::OnDisk)
 }
 
 /// Writes every adapter of the model below `dir`: the one called `default` into it, each other one into a directory of
@@ -70,5 +66,5 @@ pub(super) fn labels(names: &[String], path: &Path) -> Result<()> {
 pub(super) fn file(path: &Path, bytes: Vec<u8>) -> Result<()> {
     let mut rope = Rope::default();
     rope.push(bytes);
-    write_atomic(path, rope, None, Durability::OnDisk)
+    write_atomic(path, rope, &[], Durability::OnDisk)
 }

@@ -10,7 +10,7 @@ use bone_onnx::adapter::{Adapter, BoneConfig, InitWeights, Injection, TargetModu
 use bone_onnx::engine::{self, Device, Engine, EngineKind, LoadOptions};
 use bone_onnx::fold::{FoldOptions, fold};
 use bone_onnx::inject::{self, InjectOptions};
-use bone_onnx::onnx::{Durability, Model, Patch, Tensor, TensorProto, copy_external, external};
+use bone_onnx::onnx::{Durability, Model, Patch, Store, Tensor, TensorProto, write_beside};
 use bone_onnx::unload::unload;
 use bone_onnx::verify::random_inputs;
 use rand::{RngExt, SeedableRng};
@@ -264,10 +264,7 @@ impl Bench {
 
     fn change(&self, model: &Path, patch: impl FnOnce(&Model) -> bone_onnx::Result<Patch>) -> PathBuf {
         let (model, out) = (Model::open(model).expect("a model"), self.next());
-        let write = |patch| -> bone_onnx::Result<()> {
-            copy_external(&model, &external::locations(&model)?, &out, Durability::Buffered)?;
-            model.write_as(model.patched(patch)?, &out, Durability::Buffered)
-        };
+        let write = |patch| write_beside(&model, patch, &out, Durability::Buffered);
         patch(&model).and_then(write).unwrap_or_else(|e| panic!("{e}"));
         out
     }
@@ -300,7 +297,10 @@ impl Bench {
     }
 
     pub fn fold(&self, model: &Path, options: FoldOptions) -> PathBuf {
-        let (out, options) = (self.next(), FoldOptions { durability: Durability::Buffered, ..options });
+        let (out, options) = (
+            self.next(),
+            FoldOptions { store: Store { durability: Durability::Buffered, ..Default::default() }, ..options },
+        );
         fold_to(model, &options, &out).unwrap_or_else(|e| panic!("{e}"));
         out
     }
@@ -325,7 +325,7 @@ impl Bench {
 
 pub fn fold_to(model: &Path, options: &FoldOptions, out: &Path) -> bone_onnx::Result<()> {
     let model = Model::open(model)?;
-    fold(&model, options, out)?.write(&model, out).map(|_| ())
+    fold(&model, options)?.write(&model, out).map(|_| ())
 }
 
 /// Whether all outputs agree to `|a − b| ≤ tolerance·(1 + |b|)`, as `torch.allclose` with `atol = rtol = tolerance`.

@@ -1,6 +1,7 @@
 //! The command line as a person meets it: every bad input gets one clear error, exit code 1 and no output file.
 
 mod adapters;
+mod data;
 mod faults;
 mod grad;
 mod quantized;

@@ -59,9 +59,7 @@ fn strings(names: &[&str]) -> Vec<String> {
 fn folded(dir: &Path, options: FoldOptions) -> std::path::PathBuf {
     let (path, merged) = (dir.join("model.onnx"), dir.join("merged.onnx"));
     let model = Model::open(&path).expect("a model");
-    fold(&model, &FoldOptions { safe: true, ..options }, &merged)
-        .and_then(|f| f.write(&model, &merged))
-        .expect("a fold");
+    fold(&model, &FoldOptions { safe: true, ..options }).and_then(|f| f.write(&model, &merged)).expect("a fold");
     merged
 }
 
@@ -118,7 +116,7 @@ fn every_order_of_every_variant_folds_to_what_it_computes_and_has_its_way_back()
                 let extra = order.iter().map(|n| adapters.iter().find(|a| a.name == *n).expect("it").clone()).collect();
                 let (model, back) = (Model::open(&merged).expect("a model"), dir.join("back.onnx"));
                 let undo = FoldOptions { extra, undo: true, ..FoldOptions::default() };
-                fold(&model, &undo, &back).and_then(|f| f.write(&model, &back)).expect("an unmerge");
+                fold(&model, &undo).and_then(|f| f.write(&model, &back)).expect("an unmerge");
                 let off = weights_off(&back, &dir.join("base.onnx"));
                 assert!(off <= 1e-6, "{variant} {order:?}: the way back is off by {off}");
             }

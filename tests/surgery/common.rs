@@ -73,7 +73,7 @@ pub fn inject_and_fold(base: &Path) -> Option<(tempfile::TempDir, Vec<String>, P
     let injection = inject(&model, &InjectOptions { config, ..Default::default() }).ok()?;
     let summary = injection.write(&model, &injected).expect("a file");
     let model = Model::open(&injected).expect("a model");
-    fold(&model, &FoldOptions::default(), &merged).and_then(|f| f.write(&model, &merged)).expect("a fold");
+    fold(&model, &FoldOptions::default()).and_then(|f| f.write(&model, &merged)).expect("a fold");
     let mut targets: Vec<String> = summary.targets.into_iter().flat_map(|t| t.nodes).collect();
     targets.sort();
     Some((dir, targets, injected, merged))

@@ -35,7 +35,7 @@ fn head(model: &str, tokens: &str, pool: Pool, mask: Option<&str>, dir: &Path) -
     let inputs = inputs();
     let logits = run(&injected, &inputs).pop().expect("the head is the last output");
     let merged = dir.join("merged.onnx");
-    fold(&record, &FoldOptions::default(), &merged).and_then(|f| f.write(&record, &merged)).expect("a fold");
+    fold(&record, &FoldOptions::default()).and_then(|f| f.write(&record, &merged)).expect("a fold");
     let again = run(&merged, &inputs).pop().expect("the head stays");
     assert!(worst(&logits, &again) <= 1e-6, "{model}: folding changed the head");
     logits

@@ -218,7 +218,7 @@ fn folded(path: &Path, dir: &Path) -> std::path::PathBuf {
     let merged = dir.join("merged.onnx");
     let model = Model::open(path).expect("a model");
     let options = FoldOptions { safe: true, ..FoldOptions::default() };
-    fold(&model, &options, &merged).and_then(|f| f.write(&model, &merged)).expect("a fold");
+    fold(&model, &options).and_then(|f| f.write(&model, &merged)).expect("a fold");
     merged
 }
 
@@ -285,7 +285,7 @@ fn every_merge_is_pefts_and_has_its_way_back() {
                     order.split('+').map(|n| case.adapters().into_iter().find(|a| a.name == n).expect("it")).collect();
                 let back = dir.path().join("back.onnx");
                 let options = FoldOptions { extra, undo: true, safe: true, ..FoldOptions::default() };
-                fold(&model, &options, &back).and_then(|f| f.write(&model, &back)).expect("an unmerge");
+                fold(&model, &options).and_then(|f| f.write(&model, &back)).expect("an unmerge");
                 let off = worst(&wide(&weight(&back, gemm)), &wide(&w));
                 let allowed =
                     if w.data_type() == DataType::Float { 1e-6 } else { 2.0 * tolerance(w.data_type(), &ours) };

@@ -87,7 +87,7 @@ fn folded_models_compute_what_the_injected_ones_do() {
             inject(&base, &all_linear(InitWeights::Random)).and_then(|i| i.write(&base, &injected)).expect(&case.name);
         assert!(!summary.targets.is_empty());
         let model = Model::open(&injected).expect("a model");
-        let summary = fold(&model, &FoldOptions { safe: true, ..FoldOptions::default() }, &merged)
+        let summary = fold(&model, &FoldOptions { safe: true, ..FoldOptions::default() })
             .and_then(|f| f.write(&model, &merged))
             .expect(&case.name);
         assert_eq!(summary.kept.is_empty(), case.floats, "{}", case.name);
@@ -139,7 +139,7 @@ fn quantised_models_fold_to_floats_and_to_integers() {
         for quantized in [QuantizedFold::Dequantize, QuantizedFold::Requantize] {
             let merged = dir.path().join("merged.onnx");
             let options = FoldOptions { safe: true, quantized, ..FoldOptions::default() };
-            let done = fold(&model, &options, &merged).and_then(|f| f.write(&model, &merged)).expect(&case.name);
+            let done = fold(&model, &options).and_then(|f| f.write(&model, &merged)).expect(&case.name);
             assert_eq!(done.dequantized.len() + done.requantized.len(), summary.targets.len(), "{:?}", done.warnings);
             if case.name == "llama.genai_int4.onnx" {
                 continue;

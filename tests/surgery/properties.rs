@@ -75,7 +75,7 @@ fn invariant_3_folding_keeps_what_the_injected_model_computes() {
         write(&first, inject(&first, &more).expect("a second adapter").patch, &dir.join("injected.onnx"));
         let injected = Model::open(dir.join("injected.onnx")).expect("a model");
         let merged = dir.join("merged.onnx");
-        let summary = fold(&injected, &FoldOptions { safe: true, ..FoldOptions::default() }, &merged)
+        let summary = fold(&injected, &FoldOptions { safe: true, ..FoldOptions::default() })
             .and_then(|f| f.write(&injected, &merged))
             .expect("a fold");
         assert_eq!(summary.merged.len() + summary.copied.len(), plan.layers.len());
@@ -110,7 +110,7 @@ fn folding_one_of_two_adapters_is_injecting_that_one_alone() {
             let (alone, merged) = (dir.join("alone.onnx"), dir.join("merged.onnx"));
             write(&base, inject(&base, &named(name, seed)).expect("an adapter").patch, &alone);
             let chosen = FoldOptions { safe: true, adapters: Some(vec![name.into()]), ..FoldOptions::default() };
-            fold(&model, &chosen, &merged).and_then(|f| f.write(&model, &merged)).expect("a fold");
+            fold(&model, &chosen).and_then(|f| f.write(&model, &merged)).expect("a fold");
             let inputs = inputs(plan);
             let (a, b) = (run(&alone, &inputs), run(&merged, &inputs));
             assert!(worst(&a[0], &b[0]) <= 1e-5, "{name}: off by {}", worst(&a[0], &b[0]));
@@ -140,7 +140,7 @@ fn two_calls_of_one_module_with_different_alpha_fold_right() {
     let model = Model::open(&base).expect("the base");
     write(&model, inject(&model, &options(2, InitWeights::Random)).expect("an injection").patch, &injected);
     let model = Model::open(&injected).expect("a model");
-    fold(&model, &FoldOptions::default(), &merged).and_then(|f| f.write(&model, &merged)).expect("a fold");
+    fold(&model, &FoldOptions::default()).and_then(|f| f.write(&model, &merged)).expect("a fold");
     let inputs = BTreeMap::from([("x".to_string(), square(0.3))]);
     let (a, b) = (run(&injected, &inputs), run(&merged, &inputs));
     assert!(worst(&a[0], &b[0]) <= 1e-5, "off by {}", worst(&a[0], &b[0]));
@@ -176,8 +176,8 @@ fn invariant_9_a_refused_fold_leaves_everything_as_it_was() {
 
         let model = Model::open(&path).expect("a model");
         let out = dir.join("out.onnx");
-        let refused = fold(&model, &FoldOptions { safe: true, ..FoldOptions::default() }, &out)
-            .and_then(|f| f.write(&model, &out));
+        let refused =
+            fold(&model, &FoldOptions { safe: true, ..FoldOptions::default() }).and_then(|f| f.write(&model, &out));
         let message = refused.expect_err("a refusal").to_string();
         assert!(message.contains("default") && message.contains("block."), "{message}");
         assert_eq!(std::fs::read(&out).expect("a file"), b"precious");
@@ -191,7 +191,7 @@ fn invariant_10_same_input_same_flags_same_bytes() {
         let bytes = || {
             let injected = inject_to(dir, plan, InitWeights::Random);
             let out = dir.join("merged.onnx");
-            fold(&injected, &FoldOptions::default(), &out).and_then(|f| f.write(&injected, &out)).expect("a fold");
+            fold(&injected, &FoldOptions::default()).and_then(|f| f.write(&injected, &out)).expect("a fold");
             (std::fs::read(dir.join("injected.onnx")).expect("a file"), std::fs::read(out).expect("a file"))
         };
         assert_eq!(bytes(), bytes());

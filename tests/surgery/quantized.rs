@@ -89,7 +89,7 @@ fn inputs(name: &str) -> BTreeMap<String, Tensor> {
 
 fn folded(model: &Model, quantized: QuantizedFold, out: &Path) -> FoldSummary {
     let options = FoldOptions { quantized, safe: true, ..FoldOptions::default() };
-    fold(model, &options, out).and_then(|f| f.write(model, out)).expect("a fold")
+    fold(model, &options).and_then(|f| f.write(model, out)).expect("a fold")
 }
 
 #[test]

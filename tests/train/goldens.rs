@@ -151,7 +151,7 @@ impl Golden {
     fn predicts(&self, engine: &dyn Engine, out: &Path, inputs: &[(&str, &Tensor)], wanted: [&Tensor; 2], what: &str) {
         let injected = Model::open(out.join("injected.onnx")).unwrap();
         let merged = out.join("merged.onnx");
-        fold(&injected, &FoldOptions { safe: true, ..Default::default() }, &merged)
+        fold(&injected, &FoldOptions { safe: true, ..Default::default() })
             .and_then(|f| f.write(&injected, &merged))
             .unwrap();
         for (model, wanted) in [(injected, wanted[0]), (Model::open(merged).unwrap(), wanted[1])] {

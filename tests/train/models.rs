@@ -96,7 +96,7 @@ fn folds(injected: &Path, inputs: &BTreeMap<String, Tensor>, load: &LoadOptions)
     let want = outputs(&model);
     for quantized in [QuantizedFold::Keep, QuantizedFold::Dequantize, QuantizedFold::Requantize] {
         let options = FoldOptions { safe: true, quantized, ..FoldOptions::default() };
-        let summary = fold(&model, &options, &merged).and_then(|f| f.write(&model, &merged)).expect("a fold");
+        let summary = fold(&model, &options).and_then(|f| f.write(&model, &merged)).expect("a fold");
         assert_eq!(summary.warnings, Vec::<String>::new());
         let got = outputs(&Model::open(&merged).expect("a model"));
         let off = got.to_f64().iter().zip(want.to_f64()).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);

@@ -101,7 +101,7 @@ fn in_floats(name: &str, dir: &Path) -> Option<Model> {
     inject(&base, &InjectOptions { config, ..Default::default() }).expect(name).write(&base, &injected).expect(name);
     let model = Model::open(&injected).expect("a model");
     let options = FoldOptions { quantized: QuantizedFold::Dequantize, ..FoldOptions::default() };
-    let folded = fold(&model, &options, &floats).expect(name);
+    let folded = fold(&model, &options).expect(name);
     if !folded.summary.kept.is_empty() {
         return None;
     }
@@ -225,7 +225,7 @@ fn quantising_again_costs_little_more_than_the_first_time() {
         let folded = |mode, model: &Model, file: &str| {
             let options = FoldOptions { quantized: mode, safe: true, ..FoldOptions::default() };
             let out = dir.path().join(file);
-            let summary = fold(model, &options, &out).and_then(|f| f.write(model, &out)).expect(name);
+            let summary = fold(model, &options).and_then(|f| f.write(model, &out)).expect(name);
             (summary, Model::open(&out).expect("a model"))
         };
         // What quantisation cost the base.
@@ -260,6 +260,6 @@ fn floats_of(model: &Model, path: &Path, dir: &Path) -> Model {
     let model = Model::open(&injected).expect("a model");
     let out = dir.join(path.file_name().expect("a name"));
     let options = FoldOptions { quantized: QuantizedFold::Dequantize, ..FoldOptions::default() };
-    fold(&model, &options, &out).and_then(|f| f.write(&model, &out)).expect("a fold");
+    fold(&model, &options).and_then(|f| f.write(&model, &out)).expect("a fold");
     Model::open(&out).expect("a model")
 }
