@@ -67,7 +67,7 @@ fn adapters_beside_and_in_the_weights_agree_to_the_last_digits() {
         std::fs::write(at("injected.onnx"), proto.encode_to_vec()).expect("a file");
         let model = Model::open(at("injected.onnx")).expect("a model");
         let merged = at("merged.onnx");
-        let summary = fold(&model, &FoldOptions { safe: true, ..FoldOptions::default() }, &merged)
+        let summary = fold(&model, &FoldOptions { safe: true, ..FoldOptions::default() })
             .and_then(|f| f.write(&model, &merged))
             .expect("a fold");
         assert_eq!(summary.merged.len(), 2);

@@ -107,7 +107,7 @@ fn every_model_computes_what_pytorch_computes_plain_adapted_and_folded() {
         let injection = import(&base, truth.adapter(3), false, false).unwrap_or_else(|e| panic!("{file}: {e}"));
         let injected = written(&base, injection, &path);
         assert_close(&run(&path, &inputs), &truth.adapted, &format!("{file}, adapted"));
-        fold(&injected, &FoldOptions { safe: true, ..FoldOptions::default() }, &merged)
+        fold(&injected, &FoldOptions { safe: true, ..FoldOptions::default() })
             .and_then(|f| f.write(&injected, &merged))
             .unwrap_or_else(|e| panic!("{file}: {e}"));
         assert_close(&run(&merged, &inputs), &truth.adapted, &format!("{file}, folded"));
@@ -255,7 +255,7 @@ fn every_variant_folds_on_every_form() {
                     written(&base, injection.unwrap_or_else(|e| panic!("{what}: {e}")), &at("injected.onnx"));
                 // BAT and mini start from zero: other values.
                 let injected = randomized(injected, &at("random.onnx"));
-                fold(&injected, &FoldOptions::default(), &at("merged.onnx"))
+                fold(&injected, &FoldOptions::default())
                     .and_then(|f| f.write(&injected, &at("merged.onnx")))
                     .unwrap_or_else(|e| panic!("{what}: {e}"));
                 let inputs = truth.inputs_of(&base);
