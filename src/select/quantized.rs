@@ -179,6 +179,11 @@ pub(super) fn product<'a>(
     Ok((beside, quantized, element.unwrap_or(DataType::Float)))
 }
 
+/// Number of elements, where it can be counted.
+fn count(dims: &[usize]) -> Option<usize> {
+    dims.iter().try_fold(1usize, |n, d| n.checked_mul(*d))
+}
+
 fn element_of(constant: &Constant) -> DataType {
     DataType::try_from(constant.tensor.data_type()).unwrap_or(DataType::Undefined)
 }
@@ -300,11 +305,12 @@ fn direct<'a>(
     }
     let scale = scale.ok_or("the scale of its weight is not one constant")?;
     // One number, or one for each output.
-    let by_output = if node.attr_i("transB", 0) != 0 { vec![1, columns.max(1)] } else { vec![rows.max(1), 1] };
+    let turned = node.attr_i("transB", 0) != 0;
+    let (by_output, outputs) = if turned { (vec![1, columns.max(1)], rows) } else { (vec![rows.max(1), 1], columns) };
     let lay = |name| {
-        laid(values, graph, name, |dims| match dims.iter().product::<usize>() {
+        laid(values, graph, name, |dims| match count(dims)? {
             1 => Some(vec![rows.max(1), columns.max(1)]),
-            n if n == rows * columns / by_output[0].max(by_output[1]).max(1) => Some(by_output.clone()),
+            n if n == outputs => Some(by_output.clone()),
             _ => None,
         })
     };
@@ -339,15 +345,16 @@ fn n_bits<'a>(
         return Err("its integers are moved before they are multiplied".into());
     }
     let blocks = columns.div_ceil(block);
-    let bytes = rows.checked_mul(blocks).and_then(|n| n.checked_mul(block * bits as usize / 8));
-    if bytes != weight.dims.iter().try_fold(1usize, |n, d| n.checked_mul(*d)) {
+    let in_block = block.checked_mul(bits as usize).map(|n| n / 8);
+    let bytes = in_block.and_then(|n| count(&[rows, blocks, n]));
+    if bytes.is_none() || bytes != count(&weight.dims) {
         return Err(format!("its weight of shape {:?} does not hold {rows} × {columns} numbers", weight.dims));
     }
-    let over = |dims: &[usize]| (dims.iter().product::<usize>() == rows * blocks).then(|| vec![1, block]);
+    let over = |dims: &[usize]| (count(dims)? == rows * blocks).then(|| vec![1, block]);
     let scale = node.input_at(2).ok_or("its scales are missing")?;
     let packed = |dims: &[usize]| {
         let bytes = (blocks * bits as usize).div_ceil(8);
-        (dims.iter().product::<usize>() == rows * bytes).then(|| vec![1, block])
+        (count(dims)? == rows * bytes).then(|| vec![1, block])
     };
     let zero = match node.input_at(3) {
         None => None,

@@ -318,6 +318,9 @@ fn broken_graphs_do_no_harm() {
         data_type: Some(1),
         ..Default::default()
     };
+    let mut n_bits =
+        NodeProto { domain: Some("com.microsoft".into()), ..node("MatMulNBits", &["x", "hugeint", "huge"], &["q"]) };
+    n_bits.attribute = ["K", "N", "block_size"].map(|name| AttributeProto::int(name, i64::MAX)).to_vec();
     let mut broken = graph(vec![
         node("MatMul", &[], &[]),
         node("MatMul", &["x"], &["a"]),
@@ -337,6 +340,11 @@ fn broken_graphs_do_no_harm() {
         node("MatMul", &["x", "batched"], &["l"]),
         node("Reshape", &["huge", "w"], &["r"]),
         node("MatMul", &["x", "r"], &["m"]),
+        node("MatMulInteger", &["x", "hugeint"], &["n"]),
+        node("QLinearMatMul", &["x", "s", "z", "hugeint", "huge", "huge"], &["o"]),
+        node("DequantizeLinear", &["hugeint", "huge"], &["dq"]),
+        node("MatMul", &["x", "dq"], &["p"]),
+        n_bits,
     ]);
     broken.initializer.extend([
         shape("negative", &[-3, 4]),
@@ -344,10 +352,11 @@ fn broken_graphs_do_no_harm() {
         shape("huge", &[i64::MAX, i64::MAX]),
         shape("empty", &[0, 4]),
         shape("batched", &[2, 3, 4]),
+        crate::onnx::TensorProto { data_type: Some(DataType::Int8 as i32), ..shape("hugeint", &[i64::MAX, i64::MAX]) },
     ]);
     let found = linears_of(&broken);
     let facts: Vec<_> = found.iter().map(|l| (l.node_name.as_str(), l.adaptable.is_ok())).collect();
-    assert_eq!(facts, [("i", false), ("j", false), ("l", false)]);
+    assert_eq!(facts, ["i", "j", "l", "n", "o", "p", "q"].map(|name| (name, false)));
 }
 
 /// A hundred thousand nodes on one weight, or of one name, take no quadratic time.

@@ -26,7 +26,7 @@ struct Scheme {
     layers: (usize, usize),
 }
 
-const SCHEMES: [Scheme; 16] = [
+const SCHEMES: [Scheme; 17] = [
     Scheme { name: "cast_mul", how: "int8, per channel (Cast and Mul)", dequantized: 1e-5, layers: (2, 2) },
     Scheme {
         name: "cast_sub_mul",
@@ -49,6 +49,12 @@ const SCHEMES: [Scheme; 16] = [
         layers: (2, 2),
     },
     Scheme { name: "int4", how: "int4, in blocks of 16 (DequantizeLinear)", dequantized: 0.05, layers: (2, 2) },
+    Scheme {
+        name: "integer_to_float",
+        how: "int8, per channel (MatMulIntegerToFloat)",
+        dequantized: 0.1,
+        layers: (2, 2),
+    },
     Scheme { name: "nbits4", how: "uint4, in blocks of 32 (MatMulNBits)", dequantized: 1e-5, layers: (2, 2) },
     Scheme { name: "nbits4_zero", how: "uint4, in blocks of 16 (MatMulNBits)", dequantized: 1e-5, layers: (2, 2) },
     Scheme { name: "nbits8", how: "uint8, in blocks of 32 (MatMulNBits)", dequantized: 1e-5, layers: (2, 2) },

@@ -44,19 +44,26 @@ fn first_output(model: &Model, inputs: &BTreeMap<String, Tensor>, options: &Trai
 fn ten_steps_lower_the_loss_of_every_model() {
     let manifest: Vec<Value> =
         serde_json::from_slice(&std::fs::read(shared("models/manifest.json")).expect("the manifest")).expect("json");
-    let mut trained = 0;
+    let (mut trained, mut losses) = (0, BTreeMap::new());
     let mut failures = Vec::new();
     // The one that ONNX Runtime does not run: it has heads of 8, and GroupQueryAttention wants multiples of 16.
     for entry in manifest.iter().filter(|m| m["kind"] != "genai") {
         let name = entry["file"].as_str().expect("a file");
         match ten_steps(entry, &shared(&format!("models/{name}"))) {
-            Ok((first, last)) if last < first => trained += 1,
+            Ok((first, last)) if last < first => {
+                trained += 1;
+                losses.insert(name, (first, last));
+            }
             Ok((first, last)) => failures.push(format!("{name}: the loss went from {first} to {last}")),
             Err(e) => failures.push(format!("{name}: {e}")),
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
     assert_eq!(trained, 19);
+    // The same model in float16 learns what it learns in float32.
+    let (half, whole) = (losses["bert_fp16.dyn18.onnx"], losses["bert.dyn18.onnx"]);
+    let share = |(first, last): (f64, f64)| last / first;
+    assert!((share(half) - share(whole)).abs() <= 0.01, "{half:?} {whole:?}");
 }
 
 /// Loss of the first and of the tenth step. The goal is the base's own output with every other number moved.

@@ -17,7 +17,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::common::{injected, onnxruntime, write_arrays};
 
 /// The quantised models of `fixtures/quantized`.
-const FIXTURES: [&str; 16] = [
+const FIXTURES: [&str; 17] = [
     "cast_mul",
     "cast_sub_mul",
     "dynamic",
@@ -25,6 +25,7 @@ const FIXTURES: [&str; 16] = [
     "dynamic_u8",
     "dynamic_u8_optimized",
     "int4",
+    "integer_to_float",
     "nbits4",
     "nbits4_zero",
     "nbits8",
@@ -170,7 +171,7 @@ fn straight_through_is_the_gradient_of_the_model_in_floats() {
         compared.push(name);
     }
     assert!(failures.is_empty(), "{failures:#?}");
-    assert!(compared.len() >= 12, "{compared:?}");
+    assert!(compared.len() >= 14, "{compared:?}");
 }
 
 /// The gradient by x of a quantised activation is zero where it is out of range, and dy within.

@@ -117,9 +117,9 @@ fn along(v: &Vjp, i: usize, x: &str) -> Result<String> {
         return Ok(value.into());
     }
     let rank = v.rank(x)?;
-    let behind = rank - 1 - v.axis(v.node.attr_i("axis", 1), rank)?;
+    let axis = v.axis(v.node.attr_i("axis", 1), rank)?;
     let mut spec = vec![-1];
-    spec.resize(1 + behind, 1);
+    spec.resize(rank - axis, 1);
     Ok(v.respec(value, &spec))
 }
 
