@@ -6,11 +6,7 @@ use bone_onnx::autodiff::{Gradient, Request, Seed, gradient};
 use bone_onnx::onnx::NodeProto;
 use prost::Message;
 
-use super::torch::{self, Golden};
-
-fn goldens(word: &str) -> Vec<Golden> {
-    torch::goldens(word).into_iter().filter(|golden| !golden.is_awaited()).collect()
-}
+use super::torch::{Golden, goldens};
 
 fn derive(golden: &Golden, wrt: Vec<String>) -> Gradient {
     let of = golden.seeds.keys().map(|y| (y.clone(), Seed::Input)).collect();

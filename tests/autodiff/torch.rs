@@ -15,9 +15,6 @@ use super::harness::load;
 /// is zero (by the bias of keys under a softmax) has no scale of its own.
 const RELATIVE: f64 = 1e-5;
 
-/// Cases whose rule is still being mended.
-const AWAITED: &[&str] = &["activations/relu6", "elementwise/clamp", "norms/batch_norm_train"];
-
 /// A model with inputs, cotangents of its outputs, and the gradients that PyTorch has for them.
 pub struct Golden {
     pub name: String,
@@ -88,10 +85,6 @@ impl Golden {
         Ok(self.gradients.keys().cloned().zip(results).collect())
     }
 
-    pub fn is_awaited(&self) -> bool {
-        AWAITED.iter().any(|prefix| self.name.starts_with(prefix))
-    }
-
     fn request(&self) -> Request {
         Request {
             of: self.seeds.keys().map(|y| (y.clone(), Seed::Input)).collect(),
@@ -132,7 +125,7 @@ impl Golden {
 fn every_gradient_is_pytorchs() {
     let cases = goldens(&std::env::var("CASE").unwrap_or_default());
     let mut failures = Vec::new();
-    for case in cases.iter().filter(|case| !case.is_awaited()) {
+    for case in &cases {
         for optimize in [false, true] {
             let complaints = case.run(optimize).map_or_else(|e| vec![e], |found| case.differences(&found));
             failures.extend(complaints.into_iter().map(|c| format!("{} [optimize {optimize}]: {c}", case.name)));
