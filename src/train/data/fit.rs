@@ -116,6 +116,9 @@ impl<'a> Feed<'a> {
                 )));
             }
         }
+        if let Column::Single(_) = column {
+            return Err(bad(format!("array {} is a single number; labels have one row per sample", labels.name)));
+        }
         let mut sizes = BTreeMap::new();
         let mut bound = Vec::new();
         for input in inputs {
@@ -231,6 +234,12 @@ fn check_dims<'a>(
     wanted: &[Axis],
     sizes: &mut BTreeMap<String, (usize, &'a str)>,
 ) -> Result<(), String> {
+    if let Column::Single(_) = column {
+        return match wanted.is_empty() {
+            true => Ok(()),
+            false => Err(format!("array {name} is a single number; here an array has one row per sample")),
+        };
+    }
     let found = column.row_dims();
     let shape = || {
         let axis = |a: &Axis| match a {

@@ -56,6 +56,8 @@ pub struct Dataset {
 enum Column {
     /// Rows of one shape.
     Dense(Array),
+    /// One number for all rows, for an input without axes (a sample rate, a number of steps).
+    Single(Array),
     /// Token sequences of different lengths, padded per batch.
     Ragged { rows: Vec<Vec<i64>>, padding: Padding },
 }
@@ -108,16 +110,12 @@ impl Dataset {
     }
 
     fn of_arrays(path: &Path, arrays: Vec<(String, Array)>) -> Result<Self> {
-        if let Some((name, _)) = arrays.iter().find(|(_, a)| a.dims.is_empty()) {
-            return Err(Error::data(format!(
-                "{}: array {name} is a single number; every array has one row per sample",
-                path.display()
-            )));
-        }
-        let columns: Vec<(String, Column)> = arrays.into_iter().map(|(name, a)| (name, Column::Dense(a))).collect();
-        let rows = columns.iter().map(|(name, c)| (name, c.rows())).collect::<Vec<_>>();
+        let column = |a: Array| if a.dims.is_empty() { Column::Single(a) } else { Column::Dense(a) };
+        let columns: Vec<(String, Column)> = arrays.into_iter().map(|(name, a)| (name, column(a))).collect();
+        let counted = columns.iter().filter(|(_, c)| !matches!(c, Column::Single(_)));
+        let rows = counted.map(|(name, c)| (name, c.rows())).collect::<Vec<_>>();
         let Some((first, count)) = rows.first().copied() else {
-            return Err(Error::data(format!("{}: it holds no arrays", path.display())));
+            return Err(Error::data(format!("{}: it holds no arrays of rows", path.display())));
         };
         if let Some((name, other)) = rows.iter().find(|(_, n)| *n != count) {
             return Err(Error::data(format!(
@@ -169,13 +167,14 @@ impl Column {
     fn rows(&self) -> usize {
         match self {
             Column::Dense(Array { dims, .. }) => dims.first().copied().unwrap_or(0),
+            Column::Single(_) => 1,
             Column::Ragged { rows, .. } => rows.len(),
         }
     }
 
     fn data_type(&self) -> DataType {
         match self {
-            Column::Dense(Array { data_type, .. }) => *data_type,
+            Column::Dense(Array { data_type, .. }) | Column::Single(Array { data_type, .. }) => *data_type,
             Column::Ragged { .. } => DataType::Int64,
         }
     }
@@ -184,6 +183,7 @@ impl Column {
     fn row_dims(&self) -> Vec<Option<usize>> {
         match self {
             Column::Dense(Array { dims, .. }) => dims.iter().skip(1).map(|d| Some(*d)).collect(),
+            Column::Single(_) => Vec::new(),
             Column::Ragged { padding, .. } => vec![padding.length],
         }
     }
@@ -201,6 +201,7 @@ impl Column {
                 dims[0] = rows.len();
                 Tensor::from_bytes(*data_type, &dims, &picked)?
             }
+            Column::Single(array) => array.tensor()?,
             Column::Ragged { rows: all, padding } => {
                 let picked: Vec<&Vec<i64>> =
                     rows.iter().map(|at| all.get(*at)).collect::<Option<_>>().ok_or("a row is missing")?;

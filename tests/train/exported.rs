@@ -1,0 +1,81 @@
+//! Layers in forms of their own learn: convolutions, Einsum, parts of packed layers, layers in functions, in branches and
+//! in loops, and the product inside of Attention.
+
+use std::path::Path;
+
+use bone_onnx::adapter::{BoneConfig, InitWeights, TargetModules};
+use bone_onnx::inject::{InjectOptions, inject};
+use bone_onnx::onnx::{Model, Tensor};
+use bone_onnx::train::{self, Loss, TrainOptions};
+
+use crate::common::{arrays, onnxruntime, write_arrays};
+
+/// The loss of the first step and of the last: the goal is PyTorch's own output, moved.
+fn steps(file: &str, options: InjectOptions) -> (f64, f64) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/exported");
+    let mut inputs: Vec<(String, Tensor)> = Vec::new();
+    let mut goal = None;
+    for (name, value) in arrays(&folder.join("truth.safetensors")) {
+        match name.strip_prefix(&format!("{file}/")) {
+            Some("out.0") => {
+                let moved = value.to_f64().iter().enumerate().map(|(i, v)| *v as f32 + [0.3, -0.2][i % 2]).collect();
+                goal = Some(Tensor::new::<f32>(value.dims(), moved));
+            }
+            Some(rest) => inputs.extend(rest.strip_prefix("in.").map(|n| (n.to_string(), value))),
+            None => {}
+        }
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let data = dir.path().join("data.safetensors");
+    let goal = goal.expect("an output");
+    let mut columns: Vec<(&str, &Tensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    columns.push(("goal", &goal));
+    write_arrays(&data, &columns);
+    let base = Model::open(folder.join(file)).expect("a model");
+    let path = dir.path().join("injected.onnx");
+    inject(&base, &options).expect("an injection").write(&base, &path).expect("a file");
+    let injected = Model::open(&path).expect("a model");
+    let output = injected.graph().output[0].name().to_string();
+    let options = TrainOptions {
+        labels: "goal".into(),
+        output: Some(output),
+        steps: Some(8),
+        lr: 1e-2,
+        ..TrainOptions::new(dir.path().join("out"), &data, Loss::Mse)
+    };
+    let summary = train::run(&injected, &options, onnxruntime(), &mut ()).unwrap_or_else(|e| panic!("{file}: {e}"));
+    (summary.steps[0].loss, summary.steps[7].loss)
+}
+
+fn on(targets: &str, init_weights: InitWeights) -> InjectOptions {
+    let target_modules = Some(TargetModules::parse(targets));
+    let config = BoneConfig { r: 2, init_weights, target_modules, ..Default::default() };
+    InjectOptions { config, ..Default::default() }
+}
+
+#[test]
+fn every_form_of_a_layer_learns() {
+    let einsum = InjectOptions {
+        config: BoneConfig { r: 2, ..Default::default() },
+        target_nodes: Some(TargetModules::parse("/Einsum,/Einsum_2,/Einsum_3")),
+        ..Default::default()
+    };
+    let cases = [
+        ("conv2d.ts17.onnx", on("proj_in,proj_out,to_q", InitWeights::Zeros)),
+        ("conv2d.ts17.onnx", on("proj_in,proj_out", InitWeights::Bat)),
+        ("conv1d.dyn18.onnx", on("conv_q,conv_k", InitWeights::Zeros)),
+        ("einsum.ts17.onnx", einsum),
+        ("packed_split.ts17.onnx", on("q_proj,v_proj", InitWeights::Zeros)),
+        ("packed_slices.dyn18.onnx", on("q_proj,v_proj", InitWeights::Bat)),
+        ("functions.onnx", on("all-linear", InitWeights::Zeros)),
+        ("attention.ort.onnx", on("all-linear", InitWeights::Zeros)),
+        ("f12_if_yes.ts17.onnx", on("all-linear", InitWeights::Zeros)),
+        // Its number of steps is an input without axes: one number for all rows.
+        ("loop.ts17.onnx", on("all-linear", InitWeights::Zeros)),
+    ];
+    for (file, options) in cases {
+        let what = format!("{file}, {:?}", options.config.init_weights);
+        let (first, last) = steps(file, options);
+        assert!((first - 0.065).abs() < 1e-4 && last < first - 1e-3, "{what}: the loss went from {first} to {last}");
+    }
+}
