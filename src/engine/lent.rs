@@ -78,11 +78,13 @@ impl Weight {
             _ => self.value::<u8>(),
         }?;
         let name = CString::new(self.name).map_err(|e| ort::Error::new(e.to_string()))?;
-        // SAFETY: one name and one value, both alive during the call; the value stays alive as long as the session.
+        let (api, options) = (ort::api(), builder.ptr().cast_mut());
+        // SAFETY: one name and one value, both alive during the calls; the value stays alive as long as the session.
         unsafe {
-            let status =
-                (ort::api().AddExternalInitializers)(builder.ptr().cast_mut(), &name.as_ptr(), &value.ptr(), 1);
-            ort::Error::result_from_status(status)?;
+            // The graph takes the value's address for the file it would look in; the session takes the value itself,
+            // where it would copy what it finds in the graph.
+            ort::Error::result_from_status((api.AddExternalInitializers)(options, &name.as_ptr(), &value.ptr(), 1))?;
+            ort::Error::result_from_status((api.AddInitializer)(options, name.as_ptr(), value.ptr()))?;
         }
         Ok(Lent { _value: value, _bytes: self.bytes })
     }
