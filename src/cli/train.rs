@@ -128,6 +128,18 @@ pub struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
 
+    /// Save a checkpoint after every N steps and after the last [default: only on Ctrl-C]
+    #[arg(long, value_name = "N")]
+    save_steps: Option<usize>,
+
+    /// Keep only the N newest checkpoints [default: all]
+    #[arg(long, value_name = "N")]
+    save_total_limit: Option<usize>,
+
+    /// Go on from the last whole checkpoint in the output directory, or from the start where there is none yet
+    #[arg(long)]
+    resume: bool,
+
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -141,7 +153,15 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     let summary = train::run(&model, &options, engine.as_ref(), &mut progress)?;
     drop(progress);
     if summary.stopped {
-        printer.say(format!("interrupted after step {}: what was trained so far is saved", summary.steps.len()));
+        printer.say(match &summary.checkpoint {
+            None => "interrupted before the first step".into(),
+            Some(checkpoint) => format!(
+                "interrupted after step {}: what was trained so far is saved; go on from {} with\n  {}",
+                summary.steps.len(),
+                checkpoint.display(),
+                resume_command(std::env::args())
+            ),
+        });
     }
     let last = summary.evals.last();
     let value = json!({
@@ -149,6 +169,8 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
         "injected": summary.injected,
         "adapter": summary.adapter,
         "steps": summary.steps.len(),
+        "steps_before": summary.steps_before,
+        "checkpoint": summary.checkpoint,
         "first_loss": summary.steps.first().map(|s| s.loss),
         "last_loss": summary.steps.last().map(|s| s.loss),
         "eval_loss": last.map(|e| e.eval_loss),
@@ -156,13 +178,30 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
         "seconds": summary.seconds,
     });
     printer.result(&value, |p| print(&summary, p));
-    printer.say(format!("wrote {}: injected.onnx, adapter/, metrics.jsonl, loss.svg", args.output_dir.display()));
+    if !summary.steps.is_empty() {
+        printer.say(format!("wrote {}: injected.onnx, adapter/, metrics.jsonl, loss.svg", args.output_dir.display()));
+    }
     Ok(())
+}
+
+/// The command line `args` with `--resume`, for a shell.
+fn resume_command(args: impl Iterator<Item = String>) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./,:=+@%".contains(c);
+    let quoted = |arg: String| match arg.as_str() {
+        "" => "''".into(),
+        text if text.chars().all(plain) => arg,
+        text => format!("'{}'", text.replace('\'', r"'\''")),
+    };
+    let mut words: Vec<String> = args.map(quoted).collect();
+    if !words.iter().any(|word| word == "--resume") {
+        words.push("--resume".into());
+    }
+    words.join(" ")
 }
 
 fn print(summary: &Summary, p: &Printer) {
     if let (Some(first), Some(last)) = (summary.steps.first(), summary.steps.last()) {
-        let (steps, seconds) = (summary.steps.len(), summary.seconds);
+        let (steps, seconds) = (summary.steps.len() - summary.steps_before, summary.seconds);
         p.line(&format!("{steps} steps in {seconds:.1} s, loss {:.4} → {:.4}", first.loss, last.loss));
     }
     if let Some(eval) = summary.evals.last() {
@@ -210,6 +249,9 @@ impl Args {
             epochs: self.epochs,
             shuffle: !self.no_shuffle,
             seed: self.seed,
+            save_steps: self.save_steps,
+            save_total_limit: self.save_total_limit,
+            resume: self.resume,
             load: self.engine.load_options(),
             ..TrainOptions::new(&self.output_dir, &self.data, self.loss)
         })
@@ -253,7 +295,15 @@ impl Progress for Bar<'_> {
             "{} samples, {} steps of {}, {} trainable parameters, loss on {}",
             plan.rows, plan.steps, plan.batch_size, plan.trainable, plan.output
         ));
-        self.bar = self.printer.bar(plan.steps as u64);
+        if plan.steps_taken > 0 {
+            self.printer.say(format!("going on after step {}", plan.steps_taken));
+        }
+        self.bar = self.printer.bar(plan.steps as u64).with_position(plan.steps_taken as u64);
+        self.bar.reset_eta();
+    }
+
+    fn warned(&mut self, what: &str) {
+        self.printer.warn(what);
     }
 
     fn step(&mut self, report: &StepReport) {
@@ -275,5 +325,20 @@ impl Progress for Bar<'_> {
 impl Drop for Bar<'_> {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_line_is_quoted_and_resumed_once() {
+        let command = |args: &[&str]| resume_command(args.iter().map(|a| a.to_string()));
+        assert_eq!(
+            command(&["bone-onnx", "train", "my model.onnx", ""]),
+            "bone-onnx train 'my model.onnx' '' --resume"
+        );
+        assert_eq!(command(&["bone-onnx", "--resume", "it's"]), r"bone-onnx --resume 'it'\''s'");
     }
 }

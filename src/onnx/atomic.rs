@@ -165,6 +165,7 @@ fn parent(path: &Path) -> PathBuf {
     }
 }
 
-fn sync_dir(dir: &Path) -> Result<()> {
+/// Has the disk take the names in `dir`.
+pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(Error::io("sync", dir))
 }

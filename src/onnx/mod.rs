@@ -20,6 +20,7 @@ mod tensor;
 pub mod upgrade;
 pub mod wire;
 
+pub(crate) use atomic::sync_dir;
 pub use atomic::{Durability, write_atomic};
 pub use beside::{copy_external, write_beside};
 pub use build::{constant_i64, node, value_info};

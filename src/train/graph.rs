@@ -144,7 +144,16 @@ impl LossModel {
         // The seed is the last of the inputs.
         let last = gradient.model.graph.iter().flat_map(|g| &g.input).next_back().filter(|_| seed == Seed::Input);
         let scale = last.map(|i| Scale { name: i.name().into(), value: Tensor::scalar(LARGEST_SCALE) });
-        Ok(GradientSession { session, labels: self.names.labels.clone(), wanted, scale })
+        Ok(GradientSession { session, labels: self.names.labels.clone(), wanted, scale, runs: 0 })
+    }
+
+    /// Has every Dropout draw from its seed on what it would draw after `runs` runs: ONNX Runtime's on the CPU adds 1 to
+    /// the seed in each.
+    pub fn skip_runs(&mut self, runs: u64) {
+        let seeds = self.model.graph.iter_mut().flat_map(|g| &mut g.node).filter(|n| n.is("Dropout"));
+        for seed in seeds.flat_map(|n| &mut n.attribute).filter(|a| a.name() == "seed") {
+            seed.i = seed.i.map(|i| i.wrapping_add_unsigned(runs));
+        }
     }
 
     /// Loads the loss and the output it is made of, without gradients.
@@ -199,9 +208,28 @@ pub struct GradientSession {
     wanted: Vec<String>,
     /// For models that compute in halves.
     scale: Option<Scale>,
+    runs: u64,
 }
 
 impl GradientSession {
+    /// How often the graph was run.
+    pub fn runs(&self) -> u64 {
+        self.runs
+    }
+
+    /// What the loss is multiplied by, where it is.
+    pub fn loss_scale(&self) -> Option<f32> {
+        self.scale.as_ref().and_then(|s| s.value.as_f64()).map(|s| s as f32)
+    }
+
+    /// Takes over from a session that had been run `runs` times and had come to `loss_scale`.
+    pub fn go_on(&mut self, runs: u64, loss_scale: Option<f32>) {
+        self.runs = runs;
+        if let (Some(scale), Some(value)) = (&mut self.scale, loss_scale) {
+            scale.value = Tensor::scalar(value);
+        }
+    }
+
     /// The loss and, for each parameter in its order, the gradient in the parameter's shape.
     pub fn run(&mut self, parameters: &[Parameter], batch: &Batch) -> Result<(f64, Vec<Tensor>)> {
         let (loss, gradients) = self.scaled(parameters, batch)?;
@@ -227,6 +255,7 @@ impl GradientSession {
             let mut given = inputs(parameters, batch, &self.labels);
             given.extend(self.scale.iter().map(|s| (s.name.as_str(), &s.value)));
             let mut gradients = self.session.run(&given, &wanted)?;
+            self.runs += 1;
             let loss = scalar(gradients.remove(0))?;
             let Some(scale) = &mut self.scale else { return Ok((loss, gradients)) };
             let by = scale.value.as_f64().unwrap_or(1.0) as f32;

@@ -2,11 +2,13 @@
 //!
 //! [`run`] takes an injected model and changes nothing but the values of its trainable initializers. What it leaves in
 //! [`TrainOptions::out`]: `metrics.jsonl` (while it runs), `loss.svg`, `injected.onnx` with the trained values,
-//! `adapter/` in PEFT's form, and `labels.json` where labels were given as names.
+//! `adapter/` in PEFT's form, `labels.json` where labels were given as names, and `checkpoint-<step>/` to resume from.
 
+mod checkpoint;
 mod curve;
 pub mod data;
 pub(crate) mod evaluate;
+mod fingerprint;
 mod form;
 pub mod graph;
 mod loss;
@@ -30,8 +32,10 @@ use crate::inject::check_shared;
 use crate::onnx::shape::{Dim, Shapes};
 use crate::onnx::{DataType, Model, ValueInfoProto, data_type_name};
 use crate::{Error, Result, did_you_mean};
+use checkpoint::{Checkpoints, Saved};
 use data::{Axis, Batches, Dataset, Feed, Field, Labels, ReadOptions};
 use graph::{ForwardSession, GradientSession, Learners, LossModel, Parameter};
+use metrics::MetricsFile;
 use optimizer::{Group, Optimizer, Scale, clip_factor, global_norm};
 use schedule::Schedule;
 
@@ -41,7 +45,9 @@ pub trait Progress {
     fn started(&mut self, _plan: &Plan) {}
     fn step(&mut self, _report: &StepReport) {}
     fn evaluated(&mut self, _report: &EvalReport) {}
-    /// Asked before every step: true ends the run early, with everything saved.
+    /// Something to know that does not end the run.
+    fn warned(&mut self, _what: &str) {}
+    /// Asked before every step: true ends the run early, with everything saved, a checkpoint included.
     fn stop(&self) -> bool {
         false
     }
@@ -58,6 +64,8 @@ pub struct Plan {
     pub batch_size: usize,
     pub steps: usize,
     pub steps_per_epoch: usize,
+    /// Steps that a checkpoint has spared.
+    pub steps_taken: usize,
     /// The output that the loss looks at.
     pub output: String,
     /// Numbers that are trained.
@@ -67,7 +75,10 @@ pub struct Plan {
 /// What a run did.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Summary {
+    /// All of them, those before a checkpoint included.
     pub steps: Vec<StepReport>,
+    /// How many of them were taken before the checkpoint that the run went on from.
+    pub steps_before: usize,
     pub evals: Vec<EvalReport>,
     /// True where [`Progress::stop`] ended it.
     pub stopped: bool,
@@ -76,6 +87,8 @@ pub struct Summary {
     pub label_names: Option<Vec<String>>,
     pub injected: PathBuf,
     pub adapter: PathBuf,
+    /// The newest one in the run's directory.
+    pub checkpoint: Option<PathBuf>,
 }
 
 /// Trains the adapters and the head of `model`.
@@ -83,7 +96,8 @@ pub struct Summary {
 /// # Errors
 /// Before anything is written: an unusable setting, a model without adapters, data that does not fit, operators without
 /// a derivative rule. Later: a loss or gradient that is not finite ends the run; the last values whose loss was finite
-/// are saved, and the message says which step it was.
+/// are saved, and the message says which step it was. With [`TrainOptions::resume`], a setting or a file that is not
+/// what the checkpoint was made with.
 pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress: &mut dyn Progress) -> Result<Summary> {
     options.validate()?;
     let injection = Injection::expect(model)?;
@@ -134,7 +148,10 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
         let learners = Learners { injection: &injection, trained: &trained, dropout };
         LossModel::new(model, learners, &parameters, options.loss, &output, feed.label_rank())
     };
-    let training = loss_model(drops_out.then_some(options.seed))?;
+    let mut checkpoints = Checkpoints::new(model, options, engine)?;
+    let resumed = checkpoints.resume(options.resume, &mut |what| progress.warned(what))?;
+    let mut training = loss_model(drops_out.then_some(options.seed))?;
+    training.skip_runs(resumed.as_ref().map_or(0, Saved::runs));
     let gradient = training.gradient(engine, &options.load)?;
     let eval = match eval_feed {
         Some(feed) if drops_out => Some((loss_model(None)?.forward(engine, &options.load)?, feed)),
@@ -144,21 +161,25 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     drop(training);
 
     std::fs::create_dir_all(&options.out).map_err(Error::io("create", &options.out))?;
+    checkpoints.sweep()?;
     if let Some(names) = &dataset.label_names {
         save::labels(names, &options.out.join("labels.json"))?;
     }
     let batches = Batches::new(feed.rows(), batch_size, options.shuffle.then_some(options.seed));
     let steps = options.steps.unwrap_or_else(|| options.epochs.unwrap_or(3).saturating_mul(batches.per_epoch()));
+    let steps_before = resumed.as_ref().map_or(0, Saved::step);
     progress.started(&Plan {
         rows: feed.rows(),
         eval_rows: eval.as_ref().map(|(_, feed)| feed.rows()),
         batch_size,
         steps,
         steps_per_epoch: batches.per_epoch(),
+        steps_taken: steps_before,
         output: output.name.clone(),
         trainable: parameters.iter().map(|p| p.value.len()).sum(),
     });
     let begun = Instant::now();
+    let metrics = options.out.join(metrics::FILE);
     let mut trainer = Trainer {
         options,
         optimizer: optimizer(options, &parameters),
@@ -168,25 +189,40 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
         batches,
         gradient,
         eval,
-        metrics: metrics::MetricsFile::create(&options.out.join("metrics.jsonl"))?,
+        metrics: match &resumed {
+            Some(saved) => MetricsFile::go_on(&metrics, saved.metrics_bytes())?,
+            None => MetricsFile::create(&metrics)?,
+        },
+        checkpoints,
         steps: Vec::new(),
         evals: Vec::new(),
     };
+    resumed.map(|saved| trainer.restore(saved)).transpose()?;
     let outcome = trainer.steps(steps, &feed, progress);
 
     let injected = options.out.join("injected.onnx");
     let adapter = options.out.join("adapter");
-    // Whatever ended the run, the steps that were taken are kept.
-    if !trainer.steps.is_empty() {
+    let keep = || {
         save::injected(model, &trainer.parameters, &injected)?;
         save::adapters(model, &injection, &trainer.parameters, &adapter)?;
         let title = format!("Training loss ({})", output.name);
         let picture = curve::svg(&title, &trainer.steps, &trainer.evals)
             .map_err(|what| Error::model(format!("the loss curve could not be drawn: {what}")))?;
-        save::file(&options.out.join("loss.svg"), picture.into_bytes())?;
-    }
+        save::file(&options.out.join("loss.svg"), picture.into_bytes())
+    };
+    // Whatever ended the run, the steps that were taken are kept.
+    let kept = if trainer.steps.is_empty() { Ok(()) } else { keep() };
+    let stopped = match (outcome, kept) {
+        // A disk that takes no more is the first cause of all that follows.
+        (Err(error @ Error::Io { .. }), _) | (_, Err(error)) | (Err(error), Ok(())) => {
+            return Err(trainer.checkpoints.hint(error));
+        }
+        (Ok(stopped), Ok(())) => stopped,
+    };
     Ok(Summary {
-        stopped: outcome?,
+        stopped,
+        checkpoint: trainer.checkpoints.last(),
+        steps_before,
         steps: trainer.steps,
         evals: trainer.evals,
         seconds: begun.elapsed().as_secs_f64(),
@@ -207,16 +243,18 @@ struct Trainer<'a> {
     batches: Batches,
     gradient: GradientSession,
     eval: Option<(ForwardSession, Feed<'a>)>,
-    metrics: metrics::MetricsFile,
+    metrics: MetricsFile,
+    checkpoints: Checkpoints<'a>,
     steps: Vec<StepReport>,
     evals: Vec<EvalReport>,
 }
 
 impl Trainer<'_> {
-    /// Takes `total` steps; true where `progress` asked to stop before that.
+    /// Goes on until `total` steps are taken; true where `progress` asked to stop before that.
     fn steps(&mut self, total: usize, feed: &Feed, progress: &mut dyn Progress) -> Result<bool> {
-        for step in 1..=total {
+        for step in self.steps.len() + 1..=total {
             if progress.stop() {
+                self.save(step - 1)?;
                 return Ok(true);
             }
             let begun = Instant::now();
@@ -251,6 +289,9 @@ impl Trainer<'_> {
                 self.evals.push(report);
                 self.metrics.write(&report)?;
                 progress.evaluated(&report);
+            }
+            if self.checkpoints.due(step, total) {
+                self.save(step)?;
             }
         }
         Ok(false)

@@ -57,6 +57,16 @@ impl Optimizer {
         Self { rule, steps: 0, states }
     }
 
+    /// Updates made, and each parameter's moments (empty where the rule keeps none): all that the next one depends on.
+    pub fn state(&self) -> (i32, impl Iterator<Item = [&[f32]; 2]>) {
+        (self.steps, self.states.iter().map(|s| [s.mean.as_slice(), s.square.as_slice()]))
+    }
+
+    /// [`Optimizer::state`], to be put back.
+    pub fn state_mut(&mut self) -> (&mut i32, impl Iterator<Item = [&mut [f32]; 2]>) {
+        (&mut self.steps, self.states.iter_mut().map(|s| [s.mean.as_mut_slice(), s.square.as_mut_slice()]))
+    }
+
     /// One update of all parameters (values and gradient of each, in the order of [`Optimizer::new`]).
     pub fn step<'a>(&mut self, parameters: impl IntoIterator<Item = (&'a mut [f32], &'a [f32])>, scale: Scale) {
         self.steps = self.steps.saturating_add(1);

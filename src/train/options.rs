@@ -67,6 +67,12 @@ pub struct TrainOptions {
     /// Another order in every epoch; false: the file's.
     pub shuffle: bool,
     pub seed: u64,
+    /// A checkpoint after every so many steps and after the last; `None`: only where the run is stopped.
+    pub save_steps: Option<usize>,
+    /// Checkpoints that are kept, the newest ones; `None`: all.
+    pub save_total_limit: Option<usize>,
+    /// Go on from the last whole checkpoint in `out`; from the start where there is none yet.
+    pub resume: bool,
     pub load: LoadOptions,
 }
 
@@ -96,6 +102,9 @@ impl TrainOptions {
             epochs: None,
             shuffle: true,
             seed: 0,
+            save_steps: None,
+            save_total_limit: None,
+            resume: false,
             load: LoadOptions { threads: None, optimize: true },
         }
     }
@@ -120,6 +129,8 @@ impl TrainOptions {
             (self.epochs != Some(0), "epochs", "at least 1"),
             (self.text.max_length != Some(0), "max-length", "at least 1"),
             (self.load.threads != Some(0), "threads", "at least 1"),
+            (self.save_steps != Some(0), "save-steps", "at least 1"),
+            (self.save_total_limit != Some(0), "save-total-limit", "at least 1"),
         ];
         if let Some((_, flag, wanted)) = rules.iter().find(|(holds, ..)| !holds) {
             return Err(Error::config(format!("{flag} has to be {wanted}")));

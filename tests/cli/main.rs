@@ -5,6 +5,7 @@ mod data;
 mod faults;
 mod grad;
 mod quantized;
+mod resume;
 
 use std::path::{Path, PathBuf};
 use std::process::Output;

@@ -6,4 +6,5 @@ mod exported;
 mod goldens;
 mod models;
 mod quantized;
+mod resume;
 mod runs;

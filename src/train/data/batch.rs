@@ -50,6 +50,17 @@ impl Batches {
         self.at == self.order.len()
     }
 
+    /// The epoch, counted from 0, and how many of its rows were handed out.
+    pub fn position(&self) -> (u64, usize) {
+        (self.epoch, self.at)
+    }
+
+    /// Goes on from a [`Batches::position`].
+    pub fn go_to(&mut self, epoch: u64, row: usize) {
+        (self.epoch, self.at) = (epoch, row.min(self.order.len()));
+        self.arrange();
+    }
+
     /// An epoch's order follows from seed and epoch number, not from the epochs before it.
     fn arrange(&mut self) {
         let Some(seed) = self.seed else { return };
@@ -93,5 +104,19 @@ mod tests {
         assert_ne!(first, second);
         assert_eq!(epochs(7), (first.clone(), second));
         assert_ne!(epochs(8).0, first);
+    }
+
+    #[test]
+    fn from_a_position_they_go_on_as_if_nothing_had_happened() {
+        for seed in [None, Some(7)] {
+            for taken in 0..9 {
+                let mut batches = Batches::new(10, 4, seed);
+                take(&mut batches, taken);
+                let mut again = Batches::new(10, 4, seed);
+                let (epoch, row) = batches.position();
+                again.go_to(epoch, row);
+                assert_eq!(take(&mut again, 5), take(&mut batches, 5));
+            }
+        }
     }
 }

@@ -1,0 +1,145 @@
+//! What a run's result depends on, in words and checksums: two runs with the same settings end with the same bits.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::TrainOptions;
+use super::data::TextOptions;
+use crate::engine::{Engine, LoadOptions};
+use crate::onnx::Model;
+use crate::onnx::external::{self, map_file};
+use crate::{Error, Result};
+
+/// Values by the name of the flag, as text.
+pub(super) type Settings = Map<String, Value>;
+
+/// The settings of a run over `model` on `engine`.
+///
+/// # Errors
+/// A file that cannot be read.
+pub(super) fn settings(model: &Model, options: &TrainOptions, engine: &dyn Engine) -> Result<Settings> {
+    // Every field is named, so that none can be forgotten.
+    let TrainOptions {
+        out: _,
+        save_steps: _,
+        save_total_limit: _,
+        resume: _,
+        data,
+        eval_data,
+        eval_strategy,
+        loss,
+        adapter_names,
+        output,
+        labels,
+        text: TextOptions { tokenizer, text_field, label_field, max_length },
+        optimizer,
+        lr,
+        head_lr,
+        weight_decay,
+        decay_all,
+        schedule,
+        warmup_steps,
+        max_grad_norm,
+        batch_size,
+        steps,
+        epochs,
+        shuffle,
+        seed,
+        load: LoadOptions { threads, optimize },
+    } = options;
+    let content = |path: &Option<std::path::PathBuf>| match path {
+        Some(path) => content(path),
+        None => Ok("none".into()),
+    };
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = threads.map_or_else(|| format!("those of {} cores", cores()), |n| n.to_string());
+    let pairs = [
+        ("bone-onnx", env!("CARGO_PKG_VERSION").into()),
+        ("engine", engine.describe()),
+        ("threads", threads),
+        ("optimize", optimize.to_string()),
+        ("model", model_content(model)?),
+        ("data", content(&Some(data.clone()))?),
+        ("eval-data", content(eval_data)?),
+        ("tokenizer", content(tokenizer)?),
+        ("text-field", text_field.clone()),
+        ("label-field", label_field.clone()),
+        ("max-length", number(max_length)),
+        ("labels", labels.clone()),
+        ("eval-strategy", format!("{eval_strategy:?}")),
+        ("loss", format!("{loss:?}")),
+        ("adapter-names", adapter_names.as_ref().map_or("all active".into(), |names| names.join(","))),
+        ("output", output.clone().unwrap_or_else(|| "not given".into())),
+        ("optimizer", format!("{optimizer:?}")),
+        ("lr", lr.to_string()),
+        ("head-lr", number(head_lr)),
+        ("weight-decay", weight_decay.to_string()),
+        ("decay-all", decay_all.to_string()),
+        ("schedule", format!("{schedule:?}")),
+        ("warmup-steps", warmup_steps.to_string()),
+        ("max-grad-norm", number(max_grad_norm)),
+        ("batch-size", number(batch_size)),
+        ("steps", number(steps)),
+        ("epochs", number(epochs)),
+        ("shuffle", shuffle.to_string()),
+        ("seed", seed.to_string()),
+    ];
+    Ok(pairs.into_iter().map(|(name, value)| (name.to_string(), Value::String(value))).collect())
+}
+
+/// What is different in `now`, in words: "lr was 0.1 and is 0.2 now"; `None` where nothing is.
+pub(super) fn changes(then: &Settings, now: &Settings) -> Option<String> {
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or("not there").to_string();
+    let gone = then.keys().filter(|name| !now.contains_key(*name));
+    let changes: Vec<String> = now
+        .keys()
+        .chain(gone)
+        .filter(|name| then.get(*name) != now.get(*name))
+        .map(|name| format!("{name} was {} and is {} now", text(then.get(name)), text(now.get(name))))
+        .collect();
+    (!changes.is_empty()).then(|| changes.join("; "))
+}
+
+fn number(value: &Option<impl ToString>) -> String {
+    value.as_ref().map_or_else(|| "not given".into(), ToString::to_string)
+}
+
+/// Length and checksum of a file; its name may change.
+fn content(path: &Path) -> Result<String> {
+    let bytes = map_file(path).map_err(Error::io("read", path))?;
+    Ok(format!("{} bytes with CRC-32 {:08x}", bytes.len(), crc32fast::hash(&bytes)))
+}
+
+/// The same of a model and of its external data.
+fn model_content(model: &Model) -> Result<String> {
+    let (mut len, mut crc) = (model.source.len(), crc32fast::Hasher::new());
+    crc.update(&model.source);
+    for location in external::locations(model)? {
+        let path = model
+            .external
+            .resolve(&location)
+            .map_err(|what| Error::file(&model.path, format!("its external data is at {location:?}, {what}")))?;
+        let bytes = map_file(&path).map_err(Error::io("read", &path))?;
+        len = len.saturating_add(bytes.len());
+        crc.update(&bytes);
+    }
+    Ok(format!("{len} bytes with CRC-32 {:08x}", crc.finalize()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_are_named_with_both_values() {
+        let settings = |pairs: &[(&str, &str)]| -> Settings {
+            pairs.iter().map(|(name, value)| (name.to_string(), Value::String(value.to_string()))).collect()
+        };
+        let then = settings(&[("lr", "0.1"), ("seed", "1"), ("old", "x")]);
+        let now = settings(&[("lr", "0.2"), ("seed", "1"), ("new", "y")]);
+        let text = "lr was 0.1 and is 0.2 now; new was not there and is y now; old was x and is not there now";
+        assert_eq!(changes(&then, &now).as_deref(), Some(text));
+        assert_eq!(changes(&then, &then), None);
+    }
+}
