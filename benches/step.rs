@@ -86,7 +86,7 @@ fn prepare() -> Option<Bench> {
     let learners = Learners { injection: &record, trained: &record.active, dropout: None };
     let topic = model.graph().output.iter().find(|o| o.name() == "topic").expect("the head");
     let field = Field::of(topic);
-    let step = LossModel::new(&model, learners, &parameters, Loss::CrossEntropy, &field, 1)
+    let step = LossModel::new(&model, learners, &parameters, Loss::cross_entropy(), &field, 1)
         .and_then(|m| m.gradient(engine.as_ref(), &load))
         .expect("a gradient");
 

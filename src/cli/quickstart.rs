@@ -71,7 +71,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
         batch_size: Some(32),
         steps: Some(300),
         load: load.clone(),
-        ..TrainOptions::new(&run, &data, Loss::CrossEntropy)
+        ..TrainOptions::new(&run, &data, Loss::cross_entropy())
     };
     let summary = train::run(&Model::open(&injected)?, &options, engine.as_ref(), &mut Bar::new(printer, false))?;
 

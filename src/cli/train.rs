@@ -38,9 +38,22 @@ pub struct Args {
     #[arg(long, default_value = "epoch")]
     eval_strategy: EvalStrategy,
 
-    /// cross-entropy (class ids; -100 is left out) or mse
+    /// With class ids (-100 is left out): cross-entropy, causal-lm (each token against the next one's label); with
+    /// numbers: bce-with-logits, mse, mae, huber; with rows: kl-div (soft targets), cosine-embedding
     #[arg(long)]
     loss: Loss,
+
+    /// Part of a class label that is spread over all classes, for cross-entropy and causal-lm [default: 0]
+    #[arg(long, visible_alias = "label-smoothing-factor")]
+    label_smoothing: Option<f64>,
+
+    /// Where huber goes from a square to a line [default: 1]
+    #[arg(long)]
+    huber_delta: Option<f64>,
+
+    /// What kl-div divides the scores by before their softmax [default: 1]
+    #[arg(long)]
+    temperature: Option<f64>,
 
     /// Train only these adapters (comma-separated); other active ones stay as they are [default: all active]
     #[arg(long, value_delimiter = ',')]
@@ -70,12 +83,20 @@ pub struct Args {
     #[arg(long)]
     max_length: Option<usize>,
 
-    /// adamw or sgd
-    #[arg(long, default_value = "adamw", value_parser = ["adamw", "sgd"])]
+    /// adamw, adam (weight decay as an L2 term), sgd or lion
+    #[arg(long, visible_alias = "optim", default_value = "adamw", value_parser = ["adamw", "adam", "sgd", "lion"])]
     optimizer: String,
 
+    /// Momentum of sgd [default: 0]
+    #[arg(long)]
+    momentum: Option<f64>,
+
+    /// Nesterov's momentum for sgd
+    #[arg(long)]
+    nesterov: bool,
+
     /// Learning rate
-    #[arg(long, default_value_t = 1e-3)]
+    #[arg(long, visible_alias = "learning-rate", default_value_t = 1e-3)]
     lr: f64,
 
     /// Learning rate of layers trained in full (the head) [default: --lr]
@@ -89,35 +110,56 @@ pub struct Args {
     #[arg(long)]
     decay_all: bool,
 
-    /// AdamW's decay rates of the moments
-    #[arg(long, value_delimiter = ',', num_args = 1.., default_value = "0.9,0.999")]
-    betas: Vec<f64>,
+    /// Decay rates of the moments [default: 0.9,0.999; lion: 0.9,0.99]
+    #[arg(long, value_delimiter = ',', num_args = 1..)]
+    betas: Option<Vec<f64>>,
 
-    #[arg(long, default_value_t = 1e-8)]
-    eps: f64,
+    /// What is added to the root in adamw and adam [default: 1e-8]
+    #[arg(long, visible_alias = "adam-epsilon")]
+    eps: Option<f64>,
 
-    /// constant, linear or cosine
-    #[arg(long, default_value = "constant")]
+    /// constant, linear, cosine, cosine-with-restarts or polynomial
+    #[arg(long, visible_alias = "lr-scheduler-type", default_value = "constant")]
     schedule: Shape,
+
+    /// Cosines that cosine-with-restarts goes through [default: 1]
+    #[arg(long)]
+    num_cycles: Option<usize>,
+
+    /// Power of the polynomial schedule [default: 1]
+    #[arg(long)]
+    power: Option<f64>,
+
+    /// Learning rate at the end of the polynomial schedule [default: 1e-7]
+    #[arg(long)]
+    lr_end: Option<f64>,
 
     /// Steps over which the learning rate rises from zero
     #[arg(long, default_value_t = 0)]
     warmup_steps: usize,
 
+    /// Share of the run over which the learning rate rises from zero
+    #[arg(long, default_value_t = 0.0, conflicts_with = "warmup_steps")]
+    warmup_ratio: f64,
+
     /// Clip the gradients to this norm
     #[arg(long)]
     max_grad_norm: Option<f64>,
 
-    /// Samples per step [default: 8, or what the model is made for]
-    #[arg(long)]
+    /// Samples per batch [default: 8, or what the model is made for]
+    #[arg(long, visible_alias = "per-device-train-batch-size")]
     batch_size: Option<usize>,
 
+    /// Batches per step: their gradients make one update, as those of one large batch
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    gradient_accumulation_steps: usize,
+
     /// Steps to train
-    #[arg(long, conflicts_with = "epochs")]
+    #[arg(long, visible_alias = "max-steps", conflicts_with = "epochs")]
     steps: Option<usize>,
 
     /// Passes over the data to train [default: 3]
-    #[arg(long)]
+    #[arg(long, visible_alias = "num-train-epochs")]
     epochs: Option<usize>,
 
     /// Keep the file's order
@@ -214,16 +256,69 @@ fn eval_text(eval: &EvalReport) -> String {
     format!("after step {}: evaluation loss {:.4}{accuracy}", eval.step, eval.eval_loss)
 }
 
+/// Fails where a flag was `given` that is for other choices than the one made.
+fn only_for(given: bool, flag: &str, choices: &str) -> Result<()> {
+    if given { Err(Error::config(format!("{flag} is for {choices}; leave it out here"))) } else { Ok(()) }
+}
+
 impl Args {
-    fn options(&self) -> Result<TrainOptions> {
-        let optimizer = if self.optimizer == "sgd" {
-            Rule::Sgd
-        } else {
-            let &[first, second] = self.betas.as_slice() else {
-                return Err(Error::config("betas has to be two numbers, as in 0.9,0.999"));
-            };
-            Rule::AdamW { betas: (first, second), eps: self.eps }
+    fn loss(&self) -> Result<Loss> {
+        let mut loss = self.loss;
+        let given = (self.label_smoothing.is_some(), self.huber_delta.is_some(), self.temperature.is_some());
+        let by_class = matches!(loss, Loss::CrossEntropy { .. } | Loss::CausalLm { .. });
+        only_for(given.0 && !by_class, "label-smoothing", "--loss cross-entropy and causal-lm")?;
+        only_for(given.1 && !matches!(loss, Loss::Huber { .. }), "huber-delta", "--loss huber")?;
+        only_for(given.2 && !matches!(loss, Loss::KlDiv { .. }), "temperature", "--loss kl-div")?;
+        match &mut loss {
+            Loss::CrossEntropy { label_smoothing: value } | Loss::CausalLm { label_smoothing: value } => {
+                *value = self.label_smoothing.unwrap_or(*value);
+            }
+            Loss::Huber { delta: value } => *value = self.huber_delta.unwrap_or(*value),
+            Loss::KlDiv { temperature: value } => *value = self.temperature.unwrap_or(*value),
+            _ => {}
+        }
+        Ok(loss)
+    }
+
+    fn rule(&self) -> Result<Rule> {
+        let name = self.optimizer.as_str();
+        only_for(self.momentum.is_some() && name != "sgd", "momentum", "--optimizer sgd")?;
+        only_for(self.nesterov && name != "sgd", "nesterov", "--optimizer sgd")?;
+        only_for(self.betas.is_some() && name == "sgd", "betas", "--optimizer adamw, adam and lion")?;
+        only_for(self.eps.is_some() && matches!(name, "sgd" | "lion"), "eps", "--optimizer adamw and adam")?;
+        let betas = match self.betas.as_deref() {
+            None => (0.9, if name == "lion" { 0.99 } else { 0.999 }),
+            Some(&[first, second]) => (first, second),
+            Some(_) => return Err(Error::config("betas has to be two numbers, as in 0.9,0.999")),
         };
+        let eps = self.eps.unwrap_or(1e-8);
+        Ok(match name {
+            "sgd" => Rule::Sgd { momentum: self.momentum.unwrap_or(0.0), nesterov: self.nesterov },
+            "adam" => Rule::Adam { betas, eps },
+            "lion" => Rule::Lion { betas },
+            _ => Rule::AdamW { betas, eps },
+        })
+    }
+
+    fn shape(&self) -> Result<Shape> {
+        let mut shape = self.schedule;
+        let restarts = matches!(shape, Shape::CosineWithRestarts { .. });
+        let polynomial = matches!(shape, Shape::Polynomial { .. });
+        only_for(self.num_cycles.is_some() && !restarts, "num-cycles", "--schedule cosine-with-restarts")?;
+        only_for(self.power.is_some() && !polynomial, "power", "--schedule polynomial")?;
+        only_for(self.lr_end.is_some() && !polynomial, "lr-end", "--schedule polynomial")?;
+        match &mut shape {
+            Shape::CosineWithRestarts { cycles } => *cycles = self.num_cycles.unwrap_or(*cycles),
+            Shape::Polynomial { power, lr_end } => {
+                *power = self.power.unwrap_or(*power);
+                *lr_end = self.lr_end.unwrap_or(*lr_end);
+            }
+            _ => {}
+        }
+        Ok(shape)
+    }
+
+    fn options(&self) -> Result<TrainOptions> {
         Ok(TrainOptions {
             eval_data: self.eval_data.clone(),
             eval_strategy: self.eval_strategy,
@@ -236,15 +331,17 @@ impl Args {
                 label_field: self.label_field.clone(),
                 max_length: self.max_length,
             },
-            optimizer,
+            optimizer: self.rule()?,
             lr: self.lr,
             head_lr: self.head_lr,
             weight_decay: self.weight_decay,
             decay_all: self.decay_all,
-            schedule: self.schedule,
+            schedule: self.shape()?,
             warmup_steps: self.warmup_steps,
+            warmup_ratio: self.warmup_ratio,
             max_grad_norm: self.max_grad_norm,
             batch_size: self.batch_size,
+            gradient_accumulation_steps: self.gradient_accumulation_steps,
             steps: self.steps,
             epochs: self.epochs,
             shuffle: !self.no_shuffle,
@@ -253,7 +350,7 @@ impl Args {
             save_total_limit: self.save_total_limit,
             resume: self.resume,
             load: self.engine.load_options(),
-            ..TrainOptions::new(&self.output_dir, &self.data, self.loss)
+            ..TrainOptions::new(&self.output_dir, &self.data, self.loss()?)
         })
     }
 }

@@ -1,6 +1,6 @@
 //! One pass over the evaluation data.
 
-use super::data::{Batches, Feed, IGNORE};
+use super::data::{Batches, Feed, IGNORE, LabelKind};
 use super::graph::{ForwardSession, Parameter};
 use super::loss::Loss;
 use super::metrics::EvalReport;
@@ -16,25 +16,21 @@ pub(super) fn evaluate(
     batch_size: usize,
     step: usize,
 ) -> Result<EvalReport> {
+    let by_class = loss.label_kind() == LabelKind::Class;
     let mut batches = Batches::new(feed.rows(), batch_size, None);
     let (mut sum, mut counted, mut right) = (0.0, 0, 0);
     for _ in 0..batches.per_epoch() {
         let batch = feed.batch(batches.next_rows())?;
         let (mean, output) = session.run(parameters, &batch)?;
-        // The loss of a batch is a mean over this many.
-        let count = match loss {
-            Loss::CrossEntropy => {
-                let (hits, count) = hits(&output, &batch.labels)?;
-                right += hits;
-                count
-            }
-            Loss::Mse => output.len(),
-        };
+        if by_class {
+            right += hits(&output, &loss.targets(&batch.labels))?.0;
+        }
+        let count = loss.count(&batch.labels);
         sum += mean * count as f64;
         counted += count;
     }
     let share = |n: f64| if counted == 0 { 0.0 } else { n / counted as f64 };
-    let eval_accuracy = (loss == Loss::CrossEntropy).then(|| share(right as f64));
+    let eval_accuracy = by_class.then(|| share(right as f64));
     Ok(EvalReport { step, eval_loss: share(sum), eval_accuracy })
 }
 

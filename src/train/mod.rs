@@ -4,12 +4,15 @@
 //! [`TrainOptions::out`]: `metrics.jsonl` (while it runs), `loss.svg`, `injected.onnx` with the trained values,
 //! `adapter/` in PEFT's form, `labels.json` where labels were given as names, and `checkpoint-<step>/` to resume from.
 
+mod accumulate;
 mod checkpoint;
 mod curve;
 pub mod data;
 pub(crate) mod evaluate;
 mod fingerprint;
 mod form;
+#[cfg(test)]
+mod goldens;
 pub mod graph;
 mod loss;
 mod metrics;
@@ -61,6 +64,7 @@ impl Progress for () {}
 pub struct Plan {
     pub rows: usize,
     pub eval_rows: Option<usize>,
+    /// Samples per step, those of all its batches together.
     pub batch_size: usize,
     pub steps: usize,
     pub steps_per_epoch: usize,
@@ -166,14 +170,15 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
         save::labels(names, &options.out.join("labels.json"))?;
     }
     let batches = Batches::new(feed.rows(), batch_size, options.shuffle.then_some(options.seed));
-    let steps = options.steps.unwrap_or_else(|| options.epochs.unwrap_or(3).saturating_mul(batches.per_epoch()));
+    let steps_per_epoch = batches.per_epoch().div_ceil(options.gradient_accumulation_steps);
+    let steps = options.steps.unwrap_or_else(|| options.epochs.unwrap_or(3).saturating_mul(steps_per_epoch));
     let steps_before = resumed.as_ref().map_or(0, Saved::step);
     progress.started(&Plan {
         rows: feed.rows(),
         eval_rows: eval.as_ref().map(|(_, feed)| feed.rows()),
-        batch_size,
+        batch_size: batch_size.saturating_mul(options.gradient_accumulation_steps),
         steps,
-        steps_per_epoch: batches.per_epoch(),
+        steps_per_epoch,
         steps_taken: steps_before,
         output: output.name.clone(),
         trainable: parameters.iter().map(|p| p.value.len()).sum(),
@@ -183,7 +188,7 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     let mut trainer = Trainer {
         options,
         optimizer: optimizer(options, &parameters),
-        schedule: Schedule { shape: options.schedule, warmup: options.warmup_steps, total: steps },
+        schedule: schedule(options, steps),
         parameters,
         last_good: Vec::new(),
         batches,
@@ -258,8 +263,9 @@ impl Trainer<'_> {
                 return Ok(true);
             }
             let begun = Instant::now();
-            let batch = feed.batch(self.batches.next_rows())?;
-            let (loss, gradients) = self.gradient.run(&self.parameters, &batch)?;
+            let micro = accumulate::micro_batches(feed, &mut self.batches, self.options.gradient_accumulation_steps)?;
+            let (loss, gradients) =
+                accumulate::gradients(&mut self.gradient, &self.parameters, &micro, self.options.loss)?;
             let gradients: Vec<&[f32]> = gradients.iter().map(|g| g.values().unwrap_or_default()).collect();
             let grad_norm = global_norm(gradients.iter().copied());
             if !loss.is_finite() || !grad_norm.is_finite() {
@@ -329,6 +335,12 @@ fn optimizer(options: &TrainOptions, parameters: &[Parameter]) -> Optimizer {
         weight_decay: if p.decays { options.weight_decay } else { 0.0 },
     };
     Optimizer::new(options.optimizer, parameters.iter().map(|p| (p.value.len(), group(p))))
+}
+
+fn schedule(options: &TrainOptions, total: usize) -> Schedule {
+    // One of the two is 0.
+    let warmup = options.warmup_steps.max(schedule::warmup_of(options.warmup_ratio, total));
+    Schedule { shape: options.schedule, peak: options.lr, warmup, total }
 }
 
 fn checked_feed<'a>(dataset: &'a Dataset, inputs: &'a [Field], labels: &Labels<'a>) -> Result<Feed<'a>> {

@@ -1,16 +1,33 @@
-//! AdamW and SGD over host memory, one fused pass a parameter, and clipping by the global norm.
+//! AdamW, Adam, SGD and Lion over host memory, one fused pass a parameter, and clipping by the global norm.
 //!
-//! The formulas and their order are PyTorch's (`torch/optim/adamw.py`, `torch/optim/sgd.py`, 2.8, the single-tensor
-//! path; `torch/nn/utils/clip_grad.py`). Bias corrections are computed on the host in f64, as torch does: an in-graph
-//! f32 power drifts.
+//! The formulas and their order are PyTorch's (`torch/optim/adam.py`, `torch/optim/sgd.py`, 2.15, the single-tensor
+//! path; `torch/nn/utils/clip_grad.py`); Lion, which torch has not, is its paper's (Chen et al. 2023, "Symbolic
+//! discovery of optimization algorithms", algorithm 2). Bias corrections are computed on the host in f64, as torch
+//! does: an in-graph f32 power drifts.
 
 /// Which update rule.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Rule {
     /// Adam with decoupled weight decay: `p -= lr·wd·p`, then the Adam step; ε is added outside the root.
     AdamW { betas: (f64, f64), eps: f64 },
-    /// Plain gradient descent; weight decay is an L2 term of the gradient.
-    Sgd,
+    /// Adam as it was first: weight decay is an L2 term of the gradient.
+    Adam { betas: (f64, f64), eps: f64 },
+    /// Gradient descent, with a heavy ball (`momentum` above 0) or Nesterov's; weight decay is an L2 term of the
+    /// gradient, and nothing is dampened.
+    Sgd { momentum: f64, nesterov: bool },
+    /// The sign of a momentum, with decoupled weight decay.
+    Lion { betas: (f64, f64) },
+}
+
+impl Rule {
+    /// Whether it keeps a running mean of the gradients, and one of their squares.
+    fn moments(self) -> (bool, bool) {
+        match self {
+            Self::AdamW { .. } | Self::Adam { .. } => (true, true),
+            Self::Sgd { momentum, .. } => (momentum > 0.0, false),
+            Self::Lion { .. } => (true, false),
+        }
+    }
 }
 
 /// How one parameter is trained.
@@ -21,7 +38,7 @@ pub struct Group {
     pub weight_decay: f64,
 }
 
-/// One parameter's settings and running moments (empty for SGD).
+/// One parameter's settings and running moments (empty where the rule keeps none).
 #[derive(Debug, Clone)]
 struct State {
     group: Group,
@@ -49,10 +66,11 @@ pub struct Scale {
 impl Optimizer {
     /// `parameters`: the number of elements and the settings of each, in the order that [`Optimizer::step`] gets them.
     pub fn new(rule: Rule, parameters: impl IntoIterator<Item = (usize, Group)>) -> Self {
-        let moments = |len| if matches!(rule, Rule::AdamW { .. }) { vec![0.0; len] } else { Vec::new() };
+        let (mean, square) = rule.moments();
+        let zeros = |len, kept| if kept { vec![0.0; len] } else { Vec::new() };
         let states = parameters
             .into_iter()
-            .map(|(len, group)| State { group, mean: moments(len), square: moments(len) })
+            .map(|(len, group)| State { group, mean: zeros(len, mean), square: zeros(len, square) })
             .collect();
         Self { rule, steps: 0, states }
     }
@@ -75,11 +93,14 @@ impl Optimizer {
             let lr = lr * scale.lr;
             let clip = scale.gradient as f32;
             match self.rule {
-                Rule::AdamW { betas: (beta1, beta2), eps } => {
+                Rule::AdamW { betas: (beta1, beta2), eps } | Rule::Adam { betas: (beta1, beta2), eps } => {
+                    let (decoupled, l2) =
+                        if matches!(self.rule, Rule::Adam { .. }) { (0.0, weight_decay) } else { (weight_decay, 0.0) };
                     let correction1 = 1.0 - beta1.powi(self.steps);
                     let correction2 = 1.0 - beta2.powi(self.steps);
                     let step = AdamStep {
-                        keep: (1.0 - lr * weight_decay) as f32,
+                        keep: (1.0 - lr * decoupled) as f32,
+                        decay: l2 as f32,
                         mean_rate: (1.0 - beta1) as f32,
                         square_keep: beta2 as f32,
                         square_rate: (1.0 - beta2) as f32,
@@ -90,10 +111,30 @@ impl Optimizer {
                     };
                     step.apply(values, gradient, &mut state.mean, &mut state.square);
                 }
-                Rule::Sgd => {
-                    let (lr, decay) = (lr as f32, weight_decay as f32);
-                    for (p, g) in values.iter_mut().zip(gradient) {
-                        *p -= lr * (g * clip + decay * *p);
+                Rule::Sgd { momentum, nesterov } => {
+                    let (lr, decay, momentum) = (lr as f32, weight_decay as f32, momentum as f32);
+                    if state.mean.is_empty() {
+                        for (p, g) in values.iter_mut().zip(gradient) {
+                            *p -= lr * (g * clip + decay * *p);
+                        }
+                    }
+                    for ((p, g), m) in values.iter_mut().zip(gradient).zip(&mut state.mean) {
+                        let g = g * clip + decay * *p;
+                        *m = *m * momentum + g;
+                        *p -= lr * if nesterov { g + momentum * *m } else { *m };
+                    }
+                }
+                Rule::Lion { betas: (beta1, beta2) } => {
+                    let keep = (1.0 - lr * weight_decay) as f32;
+                    let (lr, keep1, keep2) = (lr as f32, beta1 as f32, beta2 as f32);
+                    let (rate1, rate2) = ((1.0 - beta1) as f32, (1.0 - beta2) as f32);
+                    for ((p, g), m) in values.iter_mut().zip(gradient).zip(&mut state.mean) {
+                        let g = g * clip;
+                        let direction = *m * keep1 + rate1 * g;
+                        // Nothing moves where there is no direction (`signum` of 0 is 1).
+                        let sign = if direction == 0.0 { 0.0 } else { direction.signum() };
+                        *p = *p * keep - lr * sign;
+                        *m = *m * keep2 + rate2 * g;
                     }
                 }
             }
@@ -101,9 +142,10 @@ impl Optimizer {
     }
 }
 
-/// The scalars of one AdamW step, rounded once.
+/// The scalars of one step of AdamW or Adam, rounded once.
 struct AdamStep {
     keep: f32,
+    decay: f32,
     mean_rate: f32,
     square_keep: f32,
     square_rate: f32,
@@ -116,7 +158,7 @@ struct AdamStep {
 impl AdamStep {
     fn apply(&self, values: &mut [f32], gradient: &[f32], mean: &mut [f32], square: &mut [f32]) {
         for (((p, g), m), v) in values.iter_mut().zip(gradient).zip(mean).zip(square) {
-            let g = g * self.clip;
+            let g = g * self.clip + self.decay * *p;
             *m += self.mean_rate * (g - *m);
             *v = *v * self.square_keep + self.square_rate * g * g;
             *p = *p * self.keep - self.size * *m / (v.sqrt() / self.root + self.eps);
@@ -192,10 +234,19 @@ mod tests {
     fn sgd_decays_through_the_gradient_and_groups_keep_apart() {
         let (mut a, mut b) = ([2.0f32], [2.0f32]);
         let groups = [(1, Group { lr: 0.5, weight_decay: 0.25 }), (1, Group { lr: 0.125, weight_decay: 0.0 })];
-        let mut optimizer = Optimizer::new(Rule::Sgd, groups);
+        let mut optimizer = Optimizer::new(Rule::Sgd { momentum: 0.0, nesterov: false }, groups);
         let scale = Scale { lr: 1.0, gradient: 0.5 };
         optimizer.step([(a.as_mut_slice(), [4.0f32].as_slice()), (b.as_mut_slice(), [4.0f32].as_slice())], scale);
         assert_eq!((a[0], b[0]), (2.0 - 0.5 * (2.0 + 0.5), 2.0 - 0.125 * 2.0));
+    }
+
+    #[test]
+    fn lion_moves_nothing_where_there_is_no_direction() {
+        let mut values = [1.0f32, 1.0, 1.0];
+        let rule = Rule::Lion { betas: (0.9, 0.99) };
+        let mut optimizer = Optimizer::new(rule, [(3, Group { lr: 0.25, weight_decay: 0.0 })]);
+        optimizer.step([(values.as_mut_slice(), [0.0f32, 7.0, -1e-9].as_slice())], Scale { lr: 1.0, gradient: 1.0 });
+        assert_eq!(values, [1.0, 0.75, 1.25]);
     }
 
     #[test]

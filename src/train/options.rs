@@ -57,10 +57,14 @@ pub struct TrainOptions {
     pub decay_all: bool,
     pub schedule: Shape,
     pub warmup_steps: usize,
+    /// Share of the run that is warm-up, where no `warmup_steps` are given.
+    pub warmup_ratio: f64,
     /// Gradients are clipped to this global norm.
     pub max_grad_norm: Option<f64>,
     /// `None`: what the model is exported for, else 8 (transformers' default).
     pub batch_size: Option<usize>,
+    /// Batches whose gradients make up one update.
+    pub gradient_accumulation_steps: usize,
     /// Length of the run; with neither, 3 epochs (transformers' default).
     pub steps: Option<usize>,
     pub epochs: Option<usize>,
@@ -96,8 +100,10 @@ impl TrainOptions {
             decay_all: false,
             schedule: Shape::Constant,
             warmup_steps: 0,
+            warmup_ratio: 0.0,
             max_grad_norm: None,
             batch_size: None,
+            gradient_accumulation_steps: 1,
             steps: None,
             epochs: None,
             shuffle: true,
@@ -114,15 +120,41 @@ impl TrainOptions {
         let positive = |v: f64| v > 0.0 && v.is_finite();
         let not_negative = |v: f64| v >= 0.0 && v.is_finite();
         let (betas, eps) = match self.optimizer {
-            Rule::AdamW { betas, eps } => ([betas.0, betas.1], eps),
-            Rule::Sgd => ([0.0; 2], 1.0),
+            Rule::AdamW { betas, eps } | Rule::Adam { betas, eps } => ([betas.0, betas.1], eps),
+            Rule::Lion { betas } => ([betas.0, betas.1], 1.0),
+            Rule::Sgd { .. } => ([0.0; 2], 1.0),
+        };
+        let (momentum, nesterov) = match self.optimizer {
+            Rule::Sgd { momentum, nesterov } => (momentum, nesterov),
+            _ => (0.0, false),
+        };
+        let (smoothing, delta, temperature) = match self.loss {
+            Loss::CrossEntropy { label_smoothing } | Loss::CausalLm { label_smoothing } => (label_smoothing, 1.0, 1.0),
+            Loss::Huber { delta } => (0.0, delta, 1.0),
+            Loss::KlDiv { temperature } => (0.0, 1.0, temperature),
+            _ => (0.0, 1.0, 1.0),
+        };
+        let (cycles, power, lr_end) = match self.schedule {
+            Shape::CosineWithRestarts { cycles } => (cycles, 1.0, 0.0),
+            Shape::Polynomial { power, lr_end } => (1, power, lr_end),
+            _ => (1, 1.0, 0.0),
         };
         let rules = [
+            ((0.0..=1.0).contains(&smoothing), "label-smoothing", "a number from 0 to 1"),
+            (positive(delta), "huber-delta", "a number above 0"),
+            (positive(temperature), "temperature", "a number above 0"),
             (positive(self.lr), "lr", "a number above 0"),
             (self.head_lr.is_none_or(positive), "head-lr", "a number above 0"),
             (not_negative(self.weight_decay), "weight-decay", "a number from 0"),
             (betas.iter().all(|b| (0.0..1.0).contains(b)), "betas", "two numbers from 0 to below 1"),
             (positive(eps), "eps", "a number above 0"),
+            (not_negative(momentum), "momentum", "a number from 0"),
+            (!nesterov || momentum > 0.0, "momentum", "a number above 0 where nesterov is asked for"),
+            (cycles > 0, "num-cycles", "at least 1"),
+            (positive(power), "power", "a number above 0"),
+            (not_negative(lr_end) && lr_end < self.lr, "lr-end", "a number from 0 to below lr"),
+            ((0.0..=1.0).contains(&self.warmup_ratio), "warmup-ratio", "a number from 0 to 1"),
+            (self.gradient_accumulation_steps > 0, "gradient-accumulation-steps", "at least 1"),
             (self.max_grad_norm.is_none_or(positive), "max-grad-norm", "a number above 0"),
             (self.batch_size != Some(0), "batch-size", "at least 1"),
             (self.steps != Some(0), "steps", "at least 1"),
@@ -137,6 +169,9 @@ impl TrainOptions {
         }
         if self.steps.is_some() && self.epochs.is_some() {
             return Err(Error::config("give steps or epochs, not both"));
+        }
+        if self.warmup_steps > 0 && self.warmup_ratio > 0.0 {
+            return Err(Error::config("give warmup-steps or warmup-ratio, not both"));
         }
         Ok(())
     }
@@ -155,12 +190,23 @@ mod tests {
         };
         assert!(with(|_| ()).is_ok());
         type Change = fn(&mut TrainOptions);
-        let cases: [(Change, &str); 9] = [
+        let cases: [(Change, &str); 20] = [
+            (|o| o.loss = Loss::CrossEntropy { label_smoothing: 1.5 }, "label-smoothing"),
+            (|o| o.loss = Loss::Huber { delta: 0.0 }, "huber-delta"),
+            (|o| o.loss = Loss::KlDiv { temperature: -1.0 }, "temperature"),
             (|o| o.lr = f64::NAN, "lr"),
             (|o| o.head_lr = Some(-1.0), "head-lr"),
             (|o| o.weight_decay = -0.1, "weight-decay"),
             (|o| o.optimizer = Rule::AdamW { betas: (0.9, 1.0), eps: 1e-8 }, "betas"),
             (|o| o.optimizer = Rule::AdamW { betas: (0.9, 0.9), eps: 0.0 }, "eps"),
+            (|o| o.optimizer = Rule::Lion { betas: (-0.1, 0.9) }, "betas"),
+            (|o| o.optimizer = Rule::Sgd { momentum: f64::NAN, nesterov: false }, "momentum"),
+            (|o| o.optimizer = Rule::Sgd { momentum: 0.0, nesterov: true }, "nesterov"),
+            (|o| o.schedule = Shape::CosineWithRestarts { cycles: 0 }, "num-cycles"),
+            (|o| o.schedule = Shape::Polynomial { power: 1.0, lr_end: 1e-3 }, "lr-end"),
+            (|o| o.warmup_ratio = 1.5, "warmup-ratio"),
+            (|o| (o.warmup_ratio, o.warmup_steps) = (0.5, 5), "not both"),
+            (|o| o.gradient_accumulation_steps = 0, "gradient-accumulation-steps"),
             (|o| o.max_grad_norm = Some(0.0), "max-grad-norm"),
             (|o| o.batch_size = Some(0), "batch-size"),
             (|o| o.steps = Some(0), "steps"),

@@ -17,7 +17,8 @@ fn row_11_zeros_change_nothing_training_does_and_switching_off_and_on_brings_eac
         let bench = Bench::new();
         let start = bench.inject(&subject.path, "default", variant.config(subject.first));
         assert!(allclose(&subject.run(&start), subject.base(), 1e-5, 1e-8), "{what}");
-        let sgd = |options| TrainOptions { optimizer: Rule::Sgd, lr: 1.0, ..options };
+        let sgd =
+            |options| TrainOptions { optimizer: Rule::Sgd { momentum: 0.0, nesterov: false }, lr: 1.0, ..options };
         let trained = bench.train(subject, &start, sgd).injected;
         let output = subject.run(&trained);
         assert!(!allclose(&output, subject.base(), 1e-5, 1e-8), "{what}");

@@ -16,7 +16,7 @@ use crate::common::{Bench, KINDS, Subject, VARIANTS, assert_close, engine, extra
 use crate::learning::each_learner;
 
 fn sgd(options: TrainOptions) -> TrainOptions {
-    TrainOptions { optimizer: Rule::Sgd, lr: 0.5, ..options }
+    TrainOptions { optimizer: Rule::Sgd { momentum: 0.0, nesterov: false }, lr: 0.5, ..options }
 }
 
 /// Names of the initializers whose bytes differ; everything else in the two files has to be the same.

@@ -72,7 +72,7 @@ fn a_model_without_adapters() {
 fn labels_out_of_range() {
     let case = Case::new();
     let labels = ids((0..16).map(|i| if i == 9 { 4 } else { i % 4 }));
-    let options = case.options(Loss::CrossEntropy, &[("x", &x()), ("labels", &labels)]);
+    let options = case.options(Loss::cross_entropy(), &[("x", &x()), ("labels", &labels)]);
     case.refused(&options, &["data.safetensors", "row 9", "label 4", "4 classes"]);
 }
 
@@ -83,22 +83,22 @@ fn arrays_of_the_wrong_shape_type_or_name() {
     let wide = Tensor::new(&[16, 6], vec![0f32; 96]);
     let refused = |loss, arrays: &[(&str, &Tensor)], words: &[&str]| case.refused(&case.options(loss, arrays), words);
     refused(
-        Loss::CrossEntropy,
+        Loss::cross_entropy(),
         &[("x", &wide), ("labels", &good)],
         &["data.safetensors", "array x", "[16, 6]", "[n, 12]"],
     );
-    refused(Loss::CrossEntropy, &[("x", &good), ("labels", &good)], &["array x", "int64", "float32"]);
-    refused(Loss::CrossEntropy, &[("X", &x()), ("labels", &good)], &["array X", "inputs are x"]);
-    refused(Loss::CrossEntropy, &[("x", &x())], &["labels", "--labels"]);
-    refused(Loss::CrossEntropy, &[("x", &x()), ("labels", &y())], &["labels", "float32", "int64"]);
+    refused(Loss::cross_entropy(), &[("x", &good), ("labels", &good)], &["array x", "int64", "float32"]);
+    refused(Loss::cross_entropy(), &[("X", &x()), ("labels", &good)], &["array X", "inputs are x"]);
+    refused(Loss::cross_entropy(), &[("x", &x())], &["labels", "--labels"]);
+    refused(Loss::cross_entropy(), &[("x", &x()), ("labels", &y())], &["labels", "float32", "int64"]);
     refused(Loss::Mse, &[("x", &x()), ("labels", &x())], &["labels", "[16, 12]", "[n, 4]"]);
 }
 
 #[test]
 fn empty_data() {
     let case = Case::new();
-    let options =
-        case.options(Loss::CrossEntropy, &[("x", &Tensor::new(&[0, 12], Vec::<f32>::new())), ("labels", &ids(0..0))]);
+    let options = case
+        .options(Loss::cross_entropy(), &[("x", &Tensor::new(&[0, 12], Vec::<f32>::new())), ("labels", &ids(0..0))]);
     case.refused(&options, &["data.safetensors", "no rows"]);
 }
 

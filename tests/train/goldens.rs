@@ -228,7 +228,7 @@ fn bert_curves_of_peft() {
         let (data, out) = (dir.path().join("data.safetensors"), dir.path().join("out"));
         let labels = ("labels", &base["data.labels"]);
         write_arrays(&data, &[inputs[0], inputs[1], labels]);
-        let options = golden.options(&out, &data, Loss::CrossEntropy, 1);
+        let options = golden.options(&out, &data, Loss::cross_entropy(), 1);
         let summary = train::run(&model, &options, onnxruntime(), &mut ()).unwrap();
         golden.check(&summary, &out, &golden.name);
         let wanted = [golden.value("logits_final"), golden.value("logits_merged")];

@@ -1,5 +1,6 @@
 //! Training end to end: PEFT's curves replayed, both engines, and what a run says when it cannot go on.
 
+mod accumulation;
 mod bad_input;
 mod common;
 mod exported;

@@ -25,7 +25,7 @@ fn options(dir: &Path, out: &str) -> TrainOptions {
         lr: 1e-2,
         batch_size: Some(5),
         epochs: Some(4),
-        ..TrainOptions::new(dir.join(out), classes(dir), Loss::CrossEntropy)
+        ..TrainOptions::new(dir.join(out), classes(dir), Loss::cross_entropy())
     }
 }
 

@@ -1,0 +1,61 @@
+//! Several batches for one update, where memory holds no larger one.
+
+use super::data::{Batch, Batches, Feed};
+use super::graph::{GradientSession, Parameter};
+use super::loss::Loss;
+use crate::onnx::Tensor;
+use crate::{Error, Result};
+
+/// The next `most` batches, fewer where the epoch ends before (as in transformers' Trainer).
+pub(super) fn micro_batches(feed: &Feed, batches: &mut Batches, most: usize) -> Result<Vec<Batch>> {
+    let mut taken = Vec::new();
+    loop {
+        taken.push(feed.batch(batches.next_rows())?);
+        if taken.len() >= most || batches.at_epoch_end() {
+            return Ok(taken);
+        }
+    }
+}
+
+/// Loss and gradients of `micro` as if they were one batch: means over all labels that count in any of them. Batches
+/// of as many labels each have the same share, as in PyTorch where every loss is divided by their number.
+pub(super) fn gradients(
+    session: &mut GradientSession,
+    parameters: &[Parameter],
+    micro: &[Batch],
+    loss: Loss,
+) -> Result<(f64, Vec<Tensor>)> {
+    if let [only] = micro {
+        return session.run(parameters, only);
+    }
+    let counts: Vec<f64> = micro.iter().map(|batch| loss.count(&batch.labels) as f64).collect();
+    let all = counts.iter().sum::<f64>().max(1.0);
+    let mut mean = 0.0;
+    let mut sums: Vec<Tensor> = Vec::new();
+    for (batch, count) in micro.iter().zip(counts) {
+        let share = count / all;
+        let (loss, gradients) = session.run(parameters, batch)?;
+        mean += share * loss;
+        let share = share as f32;
+        if sums.is_empty() {
+            sums = gradients;
+            for sum in &mut sums {
+                values(sum)?.iter_mut().for_each(|s| *s *= share);
+            }
+        } else {
+            for (sum, gradient) in sums.iter_mut().zip(&gradients) {
+                let gradient = gradient.values::<f32>().unwrap_or_default();
+                values(sum)?.iter_mut().zip(gradient).for_each(|(s, g)| *s += share * g);
+            }
+        }
+    }
+    Ok((mean, sums))
+}
+
+fn values(gradient: &mut Tensor) -> Result<&mut [f32]> {
+    match gradient {
+        Tensor::F32(array) => array.as_slice_mut(),
+        _ => None,
+    }
+    .ok_or_else(|| Error::model("a gradient is no float32 array in one piece"))
+}

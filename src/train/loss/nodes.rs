@@ -1,0 +1,90 @@
+//! A writer of nodes: each call adds one and gives the name of its value.
+
+use crate::onnx::{AttributeProto, DataType, GraphProto, Names, Tensor, constant_i64, node};
+
+pub(super) struct Nodes<'a> {
+    graph: &'a mut GraphProto,
+    names: &'a mut Names,
+    /// All names begin with it.
+    prefix: &'a str,
+}
+
+impl<'a> Nodes<'a> {
+    pub fn new(graph: &'a mut GraphProto, names: &'a mut Names, prefix: &'a str) -> Self {
+        Self { graph, names, prefix }
+    }
+
+    fn name(&mut self, part: &str) -> String {
+        self.names.fresh(&format!("{}/{part}", self.prefix))
+    }
+
+    pub fn op(&mut self, op: &str, inputs: &[&str]) -> String {
+        self.op_with(op, inputs, None)
+    }
+
+    pub fn op_with(&mut self, op: &str, inputs: &[&str], attribute: Option<AttributeProto>) -> String {
+        let output = self.name(op);
+        let mut node = node(op, inputs, &[&output]);
+        node.attribute.extend(attribute);
+        self.graph.node.push(node);
+        output
+    }
+
+    pub fn number(&mut self, value: f64) -> String {
+        let name = self.name("number");
+        self.graph.initializer.push(Tensor::scalar(value as f32).to_proto(&name));
+        name
+    }
+
+    pub fn integers(&mut self, values: &[i64]) -> String {
+        let name = self.name("integers");
+        constant_i64(self.graph, &name, values);
+        name
+    }
+
+    pub fn float(&mut self, value: &str) -> String {
+        self.op_with("Cast", &[value], Some(AttributeProto::int("to", DataType::Float as i64)))
+    }
+
+    /// `value` with a last axis of length one.
+    pub fn unsqueeze(&mut self, value: &str) -> String {
+        let axis = self.integers(&[-1]);
+        self.op("Unsqueeze", &[value, &axis])
+    }
+
+    /// `value` times a number; itself for 1.
+    pub fn times(&mut self, value: &str, factor: f64) -> String {
+        if factor == 1.0 {
+            return value.into();
+        }
+        let factor = self.number(factor);
+        self.op("Mul", &[value, &factor])
+    }
+
+    /// Over all axes, to a scalar.
+    pub fn sum(&mut self, value: &str) -> String {
+        self.op_with("ReduceSum", &[value], Some(AttributeProto::int("keepdims", 0)))
+    }
+
+    /// Over all axes, to a scalar.
+    pub fn mean(&mut self, value: &str) -> String {
+        self.op_with("ReduceMean", &[value], Some(AttributeProto::int("keepdims", 0)))
+    }
+
+    /// Over the last axis, which goes.
+    pub fn sum_of_last(&mut self, value: &str) -> String {
+        let axis = self.integers(&[-1]);
+        self.op_with("ReduceSum", &[value, &axis], Some(AttributeProto::int("keepdims", 0)))
+    }
+
+    /// Along the last axis.
+    pub fn log_softmax(&mut self, value: &str) -> String {
+        self.op_with("LogSoftmax", &[value], Some(AttributeProto::int("axis", -1)))
+    }
+
+    /// Elements `from..to` of an axis.
+    pub fn slice(&mut self, value: &str, axis: i64, from: i64, to: i64) -> String {
+        let bounds = [from, to, axis].map(|n| self.integers(&[n]));
+        self.op("Slice", &[value, &bounds[0], &bounds[1], &bounds[2]])
+    }
+}
