@@ -30,7 +30,8 @@ def with_onnx(source, target):
             weight.CopyFrom(numpy_helper.from_array(value, weight.name))
             tensor.Clear()
             tensor.CopyFrom(numpy_helper.from_array(numpy.zeros((), "float32"), name))
-    if model.ByteSize() < 2**31 - 1:
+    # ByteSize fails on what is too large to be one file.
+    if sum(len(t.raw_data) for t in tensors.values()) < 2**31 - 2**25:
         onnx.save(model, target)
     else:
         onnx.save(model, target, save_as_external_data=True, location=target.name + ".data")
