@@ -5,6 +5,7 @@
 //! filled under another name and renamed once it is on the disk, so a checkpoint is there whole or not at all; older
 //! ones go only after that.
 
+use std::cell::OnceCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -84,21 +85,28 @@ pub(super) struct Checkpoints<'a> {
     dir: &'a Path,
     every: Option<usize>,
     limit: Option<usize>,
-    settings: Settings,
+    model: &'a Model,
+    options: &'a TrainOptions,
+    engine: &'a dyn Engine,
+    /// Made once checkpoints are asked for or come about: the checksums read the whole model and all data.
+    settings: OnceCell<Settings>,
     /// The step of the newest whole one.
     last: Option<usize>,
 }
 
 impl<'a> Checkpoints<'a> {
-    /// Takes the run's settings and the checksums of its files.
-    pub fn new(model: &Model, options: &'a TrainOptions, engine: &dyn Engine) -> Result<Self> {
-        Ok(Self {
-            dir: &options.out,
-            every: options.save_steps,
-            limit: options.save_total_limit,
-            settings: fingerprint::settings(model, options, engine)?,
-            last: None,
-        })
+    pub fn new(model: &'a Model, options: &'a TrainOptions, engine: &'a dyn Engine) -> Self {
+        let (dir, every, limit) = (&options.out, options.save_steps, options.save_total_limit);
+        Self { dir, every, limit, model, options, engine, settings: OnceCell::new(), last: None }
+    }
+
+    /// The run's settings and the checksums of its files.
+    fn settings(&self) -> Result<&Settings> {
+        if let Some(settings) = self.settings.get() {
+            return Ok(settings);
+        }
+        let settings = fingerprint::settings(self.model, self.options, self.engine)?;
+        Ok(self.settings.get_or_init(|| settings))
     }
 
     /// The checkpoint to go on from where `resume` is asked for; `None` where there is none yet. One that is damaged is
@@ -108,6 +116,10 @@ impl<'a> Checkpoints<'a> {
     /// Settings or files that have changed since, by name; checkpoints of which none is whole; without `resume`, any
     /// checkpoint.
     pub fn resume(&mut self, resume: bool, warn: &mut dyn FnMut(&str)) -> Result<Option<Saved>> {
+        if self.every.is_some() {
+            // What the files hold as the run begins.
+            self.settings()?;
+        }
         let steps = self.steps()?;
         let Some(newest) = steps.last() else { return Ok(None) };
         if !resume {
@@ -120,7 +132,7 @@ impl<'a> Checkpoints<'a> {
         for step in steps.iter().rev() {
             match self.read(*step) {
                 Ok(saved) => {
-                    if let Some(changes) = fingerprint::changes(&saved.state.settings, &self.settings) {
+                    if let Some(changes) = fingerprint::changes(&saved.state.settings, self.settings()?) {
                         return Err(Error::config(format!(
                             "{} cannot be gone on with, as the result would be another one than that of a run which \
                              was never interrupted: {changes}. Set it back, or train into another directory",
@@ -318,7 +330,7 @@ impl Trainer<'_> {
             loss_scale: self.gradient.loss_scale(),
             metrics_bytes: self.metrics.sync()?,
             tensors_crc32: 0,
-            settings: self.checkpoints.settings.clone(),
+            settings: self.checkpoints.settings()?.clone(),
         };
         self.checkpoints.write(state, tensors)
     }

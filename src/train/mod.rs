@@ -152,7 +152,7 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
         let learners = Learners { injection: &injection, trained: &trained, dropout };
         LossModel::new(model, learners, &parameters, options.loss, &output, feed.label_rank())
     };
-    let mut checkpoints = Checkpoints::new(model, options, engine)?;
+    let mut checkpoints = Checkpoints::new(model, options, engine);
     let resumed = checkpoints.resume(options.resume, &mut |what| progress.warned(what))?;
     let mut training = loss_model(drops_out.then_some(options.seed))?;
     training.skip_runs(resumed.as_ref().map_or(0, Saved::runs));
