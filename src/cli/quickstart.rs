@@ -140,6 +140,6 @@ fn files(dir: &Path) -> [(PathBuf, &'static str); 5] {
         (dir.join("injected.onnx"), "with untrained adapters"),
         (dir.join("run/injected.onnx"), "with trained adapters (adapter/ beside it is PEFT's form)"),
         (dir.join("merged.onnx"), "folded: serve this one"),
-        (dir.join("run/loss.svg"), "the loss curve"),
+        (dir.join("run/loss.png"), "the loss curve"),
     ]
 }

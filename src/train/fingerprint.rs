@@ -25,6 +25,7 @@ pub(super) fn settings(model: &Model, options: &TrainOptions, engine: &dyn Engin
         save_steps: _,
         save_total_limit: _,
         resume: _,
+        settings: _,
         data,
         eval_data,
         eval_strategy,

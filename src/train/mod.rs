@@ -1,8 +1,9 @@
 //! Training: loss graphs, data readers, optimizer, schedule, loop, metrics.
 //!
 //! [`run`] takes an injected model and changes nothing but the values of its trainable initializers. What it leaves in
-//! [`TrainOptions::out`]: `metrics.jsonl` (while it runs), `loss.svg`, `injected.onnx` with the trained values,
-//! `adapter/` in PEFT's form, `labels.json` where labels were given as names, and `checkpoint-<step>/` to resume from.
+//! [`TrainOptions::out`]: `metrics.jsonl` (while it runs), its curves (`loss.png` and others), `injected.onnx` with the
+//! trained values, `adapter/` in PEFT's form, `labels.json` where labels were given as names, `train.toml` where settings
+//! came as a text, and `checkpoint-<step>/` to resume from.
 
 mod accumulate;
 mod checkpoint;
@@ -166,6 +167,9 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
 
     std::fs::create_dir_all(&options.out).map_err(Error::io("create", &options.out))?;
     checkpoints.sweep()?;
+    if !options.settings.is_empty() {
+        save::file(&options.out.join("train.toml"), options.settings.clone().into_bytes())?;
+    }
     if let Some(names) = &dataset.label_names {
         save::labels(names, &options.out.join("labels.json"))?;
     }
@@ -210,10 +214,12 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     let keep = || {
         save::injected(model, &trainer.parameters, &injected)?;
         save::adapters(model, &injection, &trainer.parameters, &adapter)?;
-        let title = format!("Training loss ({})", output.name);
-        let picture = curve::svg(&title, &trainer.steps, &trainer.evals)
-            .map_err(|what| Error::model(format!("the loss curve could not be drawn: {what}")))?;
-        save::file(&options.out.join("loss.svg"), picture.into_bytes())
+        for curve in curve::curves(&output.name, &trainer.steps, &trainer.evals) {
+            let picture =
+                curve.png().map_err(|what| Error::model(format!("{}.png could not be drawn: {what}", curve.name)))?;
+            save::file(&options.out.join(format!("{}.png", curve.name)), picture)?;
+        }
+        Ok(())
     };
     // Whatever ended the run, the steps that were taken are kept.
     let kept = if trainer.steps.is_empty() { Ok(()) } else { keep() };

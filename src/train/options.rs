@@ -78,6 +78,8 @@ pub struct TrainOptions {
     /// Go on from the last whole checkpoint in `out`; from the start where there is none yet.
     pub resume: bool,
     pub load: LoadOptions,
+    /// The same as the text of a settings file: saved as `train.toml` and shown in the report, where it is given.
+    pub settings: String,
 }
 
 impl TrainOptions {
@@ -112,6 +114,7 @@ impl TrainOptions {
             save_total_limit: None,
             resume: false,
             load: LoadOptions { threads: None, optimize: true },
+            settings: String::new(),
         }
     }
 

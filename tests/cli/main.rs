@@ -6,6 +6,7 @@ mod faults;
 mod grad;
 mod quantized;
 mod resume;
+mod settings;
 
 use std::path::{Path, PathBuf};
 use std::process::Output;

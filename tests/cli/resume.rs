@@ -107,7 +107,7 @@ fn same(dir: &Path, alone: &str, other: &str) {
         "injected.onnx".to_string(),
         "adapter/adapter_model.safetensors".into(),
         "adapter/adapter_config.json".into(),
-        "loss.svg".into(),
+        "loss.png".into(),
         format!("checkpoint-{STEPS}/training_state.safetensors"),
     ] {
         let bytes = |out: &Path| std::fs::read(out.join(&name)).expect("a file");

@@ -1,0 +1,181 @@
+//! The options of `train`. An option is described here alone: the flags, the help and the settings file all come from it.
+
+use std::path::PathBuf;
+
+use crate::cli::engine::EngineArgs;
+use crate::train::schedule::Shape;
+use crate::train::{EvalStrategy, Loss};
+
+/// Train an injected model's adapters (and head) on your data
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// The injected model
+    pub model: PathBuf,
+
+    /// Directory for what the run leaves: injected.onnx, adapter/, metrics.jsonl, loss.png, train.toml
+    #[arg(short, long)]
+    pub output_dir: PathBuf,
+
+    /// Read options from a TOML file, by the names of their flags (flags win); a run saves all of its own as train.toml
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Training data: .safetensors or .npz (an array per input, and the labels), or .jsonl (text and label)
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+
+    /// Data to evaluate on
+    #[arg(long, value_name = "FILE")]
+    pub eval_data: Option<PathBuf>,
+
+    /// When to evaluate: after every epoch, or at the end only
+    #[arg(long, default_value = "epoch")]
+    pub eval_strategy: EvalStrategy,
+
+    /// With class ids (-100 is left out): cross-entropy, causal-lm (each token against the next one's label); with
+    /// numbers: bce-with-logits, mse, mae, huber; with rows: kl-div (soft targets), cosine-embedding
+    #[arg(long)]
+    pub loss: Loss,
+
+    /// Part of a class label that is spread over all classes, for cross-entropy and causal-lm [default: 0]
+    #[arg(long, visible_alias = "label-smoothing-factor")]
+    pub label_smoothing: Option<f64>,
+
+    /// Where huber goes from a square to a line [default: 1]
+    #[arg(long)]
+    pub huber_delta: Option<f64>,
+
+    /// What kl-div divides the scores by before their softmax [default: 1]
+    #[arg(long)]
+    pub temperature: Option<f64>,
+
+    /// Train only these adapters (comma-separated); other active ones stay as they are [default: all active]
+    #[arg(long, value_delimiter = ',')]
+    pub adapter_names: Option<Vec<String>>,
+
+    /// The output to train on [default: the head, or the only output]
+    #[arg(long, value_name = "NAME")]
+    pub output: Option<String>,
+
+    /// Name of the array with the labels
+    #[arg(long, value_name = "NAME", default_value = "labels")]
+    pub labels: String,
+
+    /// Tokenizer of .jsonl texts (tokenizer.json)
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+
+    /// Field of a .jsonl line that holds the text
+    #[arg(long, default_value = "text")]
+    pub text_field: String,
+
+    /// Field of a .jsonl line that holds the label
+    #[arg(long, default_value = "label")]
+    pub label_field: String,
+
+    /// Tokens of a text that are read
+    #[arg(long)]
+    pub max_length: Option<usize>,
+
+    /// adamw, adam (weight decay as an L2 term), sgd or lion
+    #[arg(long, visible_alias = "optim", default_value = "adamw", value_parser = ["adamw", "adam", "sgd", "lion"])]
+    pub optimizer: String,
+
+    /// Momentum of sgd [default: 0]
+    #[arg(long)]
+    pub momentum: Option<f64>,
+
+    /// Nesterov's momentum for sgd
+    #[arg(long)]
+    pub nesterov: bool,
+
+    /// Learning rate
+    #[arg(long, visible_alias = "learning-rate", default_value_t = 1e-3)]
+    pub lr: f64,
+
+    /// Learning rate of layers trained in full (the head) [default: --lr]
+    #[arg(long)]
+    pub head_lr: Option<f64>,
+
+    #[arg(long, default_value_t = 0.0)]
+    pub weight_decay: f64,
+
+    /// Weight decay on biases and norms, too
+    #[arg(long)]
+    pub decay_all: bool,
+
+    /// Decay rates of the moments [default: 0.9,0.999; lion: 0.9,0.99]
+    #[arg(long, value_delimiter = ',', num_args = 1..)]
+    pub betas: Option<Vec<f64>>,
+
+    /// What is added to the root in adamw and adam [default: 1e-8]
+    #[arg(long, visible_alias = "adam-epsilon")]
+    pub eps: Option<f64>,
+
+    /// constant, linear, cosine, cosine-with-restarts or polynomial
+    #[arg(long, visible_alias = "lr-scheduler-type", default_value = "constant")]
+    pub schedule: Shape,
+
+    /// Cosines that cosine-with-restarts goes through [default: 1]
+    #[arg(long)]
+    pub num_cycles: Option<usize>,
+
+    /// Power of the polynomial schedule [default: 1]
+    #[arg(long)]
+    pub power: Option<f64>,
+
+    /// Learning rate at the end of the polynomial schedule [default: 1e-7]
+    #[arg(long)]
+    pub lr_end: Option<f64>,
+
+    /// Steps over which the learning rate rises from zero
+    #[arg(long, default_value_t = 0)]
+    pub warmup_steps: usize,
+
+    /// Share of the run over which the learning rate rises from zero
+    #[arg(long, default_value_t = 0.0, conflicts_with = "warmup_steps")]
+    pub warmup_ratio: f64,
+
+    /// Clip the gradients to this norm
+    #[arg(long)]
+    pub max_grad_norm: Option<f64>,
+
+    /// Samples per batch [default: 8, or what the model is made for]
+    #[arg(long, visible_alias = "per-device-train-batch-size")]
+    pub batch_size: Option<usize>,
+
+    /// Batches per step: their gradients make one update, as those of one large batch
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub gradient_accumulation_steps: usize,
+
+    /// Steps to train
+    #[arg(long, visible_alias = "max-steps", conflicts_with = "epochs")]
+    pub steps: Option<usize>,
+
+    /// Passes over the data to train [default: 3]
+    #[arg(long, visible_alias = "num-train-epochs")]
+    pub epochs: Option<usize>,
+
+    /// Keep the file's order
+    #[arg(long)]
+    pub no_shuffle: bool,
+
+    /// Seed of the shuffling
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+
+    /// Save a checkpoint after every N steps and after the last [default: only on Ctrl-C]
+    #[arg(long, value_name = "N")]
+    pub save_steps: Option<usize>,
+
+    /// Keep only the N newest checkpoints [default: all]
+    #[arg(long, value_name = "N")]
+    pub save_total_limit: Option<usize>,
+
+    /// Go on from the last whole checkpoint in the output directory, or from the start where there is none yet
+    #[arg(long)]
+    pub resume: bool,
+
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}

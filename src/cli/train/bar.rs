@@ -1,0 +1,80 @@
+//! How far a run is, on stderr.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use indicatif::ProgressBar;
+
+use super::print::eval_text;
+use crate::cli::printer::Printer;
+use crate::train::{EvalReport, Plan, Progress, StepReport};
+
+/// A run's progress on stderr: steps, loss, time left.
+pub struct Bar<'a> {
+    printer: &'a Printer,
+    /// Print a line for every evaluation.
+    evaluations: bool,
+    bar: ProgressBar,
+    interrupted: Arc<AtomicBool>,
+}
+
+impl<'a> Bar<'a> {
+    pub fn new(printer: &'a Printer, evaluations: bool) -> Self {
+        Self { printer, evaluations, bar: ProgressBar::hidden(), interrupted: Arc::default() }
+    }
+}
+
+impl Bar<'_> {
+    /// From now on the first Ctrl-C ends the run after the step at hand, with everything saved; the second one ends
+    /// the process.
+    pub fn stop_on_interrupt(&self) {
+        let flag = Arc::clone(&self.interrupted);
+        let handler = move || {
+            if flag.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+        };
+        if let Err(e) = ctrlc::set_handler(handler) {
+            self.printer.warn(format!("Ctrl-C will end the run without saving: {e}"));
+        }
+    }
+}
+
+impl Progress for Bar<'_> {
+    fn started(&mut self, plan: &Plan) {
+        self.printer.say(format!(
+            "{} samples, {} steps of {}, {} trainable parameters, loss on {}",
+            plan.rows, plan.steps, plan.batch_size, plan.trainable, plan.output
+        ));
+        if plan.steps_taken > 0 {
+            self.printer.say(format!("going on after step {}", plan.steps_taken));
+        }
+        self.bar = self.printer.bar(plan.steps as u64).with_position(plan.steps_taken as u64);
+        self.bar.reset_eta();
+    }
+
+    fn warned(&mut self, what: &str) {
+        self.printer.warn(what);
+    }
+
+    fn step(&mut self, report: &StepReport) {
+        self.bar.set_position(report.step as u64);
+        self.bar.set_message(format!("loss {:.4}  lr {:.2e}", report.loss, report.lr));
+    }
+
+    fn stop(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
+    }
+
+    fn evaluated(&mut self, report: &EvalReport) {
+        if self.evaluations {
+            self.bar.suspend(|| self.printer.say(eval_text(report)));
+        }
+    }
+}
+
+impl Drop for Bar<'_> {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}

@@ -1,0 +1,108 @@
+//! From options to what a run is asked to do.
+
+use super::arguments::Arguments;
+use crate::train::data::TextOptions;
+use crate::train::optimizer::Rule;
+use crate::train::schedule::Shape;
+use crate::train::{Loss, TrainOptions};
+use crate::{Error, Result};
+
+/// Fails where a flag was `given` that is for other choices than the one made.
+fn only_for(given: bool, flag: &str, choices: &str) -> Result<()> {
+    if given { Err(Error::config(format!("{flag} is for {choices}; leave it out here"))) } else { Ok(()) }
+}
+
+impl Arguments {
+    fn loss(&self) -> Result<Loss> {
+        let mut loss = self.loss;
+        let given = (self.label_smoothing.is_some(), self.huber_delta.is_some(), self.temperature.is_some());
+        let by_class = matches!(loss, Loss::CrossEntropy { .. } | Loss::CausalLm { .. });
+        only_for(given.0 && !by_class, "label-smoothing", "--loss cross-entropy and causal-lm")?;
+        only_for(given.1 && !matches!(loss, Loss::Huber { .. }), "huber-delta", "--loss huber")?;
+        only_for(given.2 && !matches!(loss, Loss::KlDiv { .. }), "temperature", "--loss kl-div")?;
+        match &mut loss {
+            Loss::CrossEntropy { label_smoothing: value } | Loss::CausalLm { label_smoothing: value } => {
+                *value = self.label_smoothing.unwrap_or(*value);
+            }
+            Loss::Huber { delta: value } => *value = self.huber_delta.unwrap_or(*value),
+            Loss::KlDiv { temperature: value } => *value = self.temperature.unwrap_or(*value),
+            _ => {}
+        }
+        Ok(loss)
+    }
+
+    fn rule(&self) -> Result<Rule> {
+        let name = self.optimizer.as_str();
+        only_for(self.momentum.is_some() && name != "sgd", "momentum", "--optimizer sgd")?;
+        only_for(self.nesterov && name != "sgd", "nesterov", "--optimizer sgd")?;
+        only_for(self.betas.is_some() && name == "sgd", "betas", "--optimizer adamw, adam and lion")?;
+        only_for(self.eps.is_some() && matches!(name, "sgd" | "lion"), "eps", "--optimizer adamw and adam")?;
+        let betas = match self.betas.as_deref() {
+            None => (0.9, if name == "lion" { 0.99 } else { 0.999 }),
+            Some(&[first, second]) => (first, second),
+            Some(_) => return Err(Error::config("betas has to be two numbers, as in 0.9,0.999")),
+        };
+        let eps = self.eps.unwrap_or(1e-8);
+        Ok(match name {
+            "sgd" => Rule::Sgd { momentum: self.momentum.unwrap_or(0.0), nesterov: self.nesterov },
+            "adam" => Rule::Adam { betas, eps },
+            "lion" => Rule::Lion { betas },
+            _ => Rule::AdamW { betas, eps },
+        })
+    }
+
+    fn shape(&self) -> Result<Shape> {
+        let mut shape = self.schedule;
+        let restarts = matches!(shape, Shape::CosineWithRestarts { .. });
+        let polynomial = matches!(shape, Shape::Polynomial { .. });
+        only_for(self.num_cycles.is_some() && !restarts, "num-cycles", "--schedule cosine-with-restarts")?;
+        only_for(self.power.is_some() && !polynomial, "power", "--schedule polynomial")?;
+        only_for(self.lr_end.is_some() && !polynomial, "lr-end", "--schedule polynomial")?;
+        match &mut shape {
+            Shape::CosineWithRestarts { cycles } => *cycles = self.num_cycles.unwrap_or(*cycles),
+            Shape::Polynomial { power, lr_end } => {
+                *power = self.power.unwrap_or(*power);
+                *lr_end = self.lr_end.unwrap_or(*lr_end);
+            }
+            _ => {}
+        }
+        Ok(shape)
+    }
+
+    /// What the run is asked to do; fails where options do not go together.
+    pub fn options(&self) -> Result<TrainOptions> {
+        Ok(TrainOptions {
+            eval_data: self.eval_data.clone(),
+            eval_strategy: self.eval_strategy,
+            adapter_names: self.adapter_names.clone(),
+            output: self.output.clone(),
+            labels: self.labels.clone(),
+            text: TextOptions {
+                tokenizer: self.tokenizer.clone(),
+                text_field: self.text_field.clone(),
+                label_field: self.label_field.clone(),
+                max_length: self.max_length,
+            },
+            optimizer: self.rule()?,
+            lr: self.lr,
+            head_lr: self.head_lr,
+            weight_decay: self.weight_decay,
+            decay_all: self.decay_all,
+            schedule: self.shape()?,
+            warmup_steps: self.warmup_steps,
+            warmup_ratio: self.warmup_ratio,
+            max_grad_norm: self.max_grad_norm,
+            batch_size: self.batch_size,
+            gradient_accumulation_steps: self.gradient_accumulation_steps,
+            steps: self.steps,
+            epochs: self.epochs,
+            shuffle: !self.no_shuffle,
+            seed: self.seed,
+            save_steps: self.save_steps,
+            save_total_limit: self.save_total_limit,
+            resume: self.resume,
+            load: self.engine.load_options(),
+            ..TrainOptions::new(&self.output_dir, &self.data, self.loss()?)
+        })
+    }
+}
