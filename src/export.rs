@@ -96,7 +96,7 @@ pub fn parameters(model: Option<&Model>, adapter: &Adapter, slot: &str) -> Resul
         let linears = base.linears();
         let mut names = crate::onnx::Names::of(&base.proto);
         let site = Site { model, base: &base, linears: &linears };
-        return Ok(site.place(&adapter, &mut names)?.1);
+        return Ok(site.place(adapter, &mut names)?.1);
     }
     if !adapter.saved.is_empty() {
         return Err(Error::config(

@@ -3,13 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 use super::part::Partly;
 use super::values::{least_common_multiple, narrowed, transposed, widened};
 use super::{FoldOptions, Layer, Stacked};
-use crate::adapter::{Layout, Merge};
+use crate::adapter::{Adapter, Dims, Layout, Merge};
 use crate::base::Base;
 use crate::inject::place::{self, turned};
 use crate::onnx::external;
@@ -19,6 +21,40 @@ use crate::{Error, Result};
 
 /// Elements that are merged at a time: they stay in the processor's cache from the map to the file.
 const CHUNK: usize = 1 << 16;
+
+/// What an adapter does to a weight. The numbers for it are made ready when the weight is written, and dropped again.
+pub(super) struct Change {
+    adapter: Arc<Adapter>,
+    module: String,
+    dims: Dims,
+    /// Those of the weight's outputs that change; `None`: all.
+    outputs: Option<Range<usize>>,
+    layout: Layout,
+    undo: bool,
+}
+
+impl Change {
+    pub(super) fn adapter(&self) -> &str {
+        &self.adapter.name
+    }
+
+    pub(super) fn merger(&self) -> Result<Box<dyn Merge>> {
+        let failed = |what: String| failed(&self.module, &self.adapter.name, &what);
+        let Some(Tensor::F32(block)) = self.adapter.blocks.get(&self.module) else {
+            return Err(failed("it has no block for this module".into()));
+        };
+        let variant = self.adapter.config.init_weights.variant();
+        let merger = variant.merger(&self.dims, self.layout, block.view(), self.undo).map_err(failed)?;
+        Ok(match &self.outputs {
+            None => merger,
+            Some(outputs) => Box::new(Partly { merger, outputs: outputs.clone(), out_in: self.layout.out_in }),
+        })
+    }
+}
+
+fn failed(module: &str, adapter: &str, what: &str) -> Error {
+    Error::Check(format!("module {module}, adapter {adapter}: {what}"))
+}
 
 /// The merged weights on their way into the file.
 pub(super) struct Merger<'a> {
@@ -153,28 +189,24 @@ impl Merger<'_> {
     }
 
     /// What the layer's adapters do to the weight as `linear` multiplies by it, in the order to do it.
-    pub(super) fn mergers(&self, layer: &Layer, linear: &Linear) -> Result<Vec<(String, Box<dyn Merge>)>> {
+    pub(super) fn changes(&self, layer: &Layer, linear: &Linear) -> Result<Vec<Change>> {
         let layout = Layout { out_in: linear.is_stored_out_in(), alpha: linear.alpha };
-        let mut mergers = Vec::new();
+        let mut changes = Vec::new();
         for Stacked { adapter, on } in &layer.stack {
-            let failed = |what: String| {
-                let text = format!("module {}, adapter {}: {what}", on.path, adapter.name);
-                Error::Check(text)
-            };
-            let dims = adapter.config.dims(on.in_features, on.out_features).map_err(failed)?;
-            let Some(Tensor::F32(block)) = adapter.blocks.get(&on.path) else { continue };
-            let variant = adapter.config.init_weights.variant();
-            let mut merger = variant.merger(&dims, layout, block.view(), self.options.undo).map_err(failed)?;
-            if let Some(part) = &on.part {
-                let outputs = part.start..part.start + on.out_features;
-                merger = Box::new(Partly { merger, outputs, out_in: layout.out_in });
-            }
-            mergers.push((adapter.name.clone(), merger));
+            let dims = adapter.config.dims(on.in_features, on.out_features);
+            changes.push(Change {
+                adapter: Arc::clone(adapter),
+                dims: dims.map_err(|what| failed(&on.path, &adapter.name, &what))?,
+                module: on.path.clone(),
+                outputs: on.part.as_ref().map(|part| part.start..part.start + on.out_features),
+                layout,
+                undo: self.options.undo,
+            });
         }
         if self.options.undo {
-            mergers.reverse();
+            changes.reverse();
         }
-        Ok(mergers)
+        Ok(changes)
     }
 
     /// The merged value of `tensor` as `linear` multiplies by it, to be made when it is written, a few rows at a time.
@@ -182,7 +214,7 @@ impl Merger<'_> {
         let row_len = if linear.is_stored_out_in() { linear.in_features } else { linear.out_features };
         let weight: Bytes = self.model.tensor_bytes(tensor)?;
         let len = weight.len();
-        let mergers = self.mergers(layer, linear)?;
+        let changes = self.changes(layer, linear)?;
         let (safe, module, data_type) = (self.options.safe, layer.module.to_string(), linear.data_type);
         let progress = self.options.progress.clone();
         let additive = layer.stack.iter().all(|s| s.adapter.config.init_weights.variant().is_additive());
@@ -191,11 +223,12 @@ impl Merger<'_> {
             DataType::Float => 4,
             _ => 2,
         };
-        // Chunks hold whole groups of the rows that each merger needs together.
-        let together = mergers.iter().fold(1, |all, (_, m)| least_common_multiple(all, m.rows_together()));
-        let rows = (CHUNK / row_len.max(1)).max(1).next_multiple_of(together);
         let write = move |out: &mut dyn Write| -> Result<(), RopeError> {
             progress.iter().for_each(|p| p(&module));
+            let mergers = changes.iter().map(|c| Ok((c.adapter(), c.merger()?))).collect::<Result<Vec<_>>>()?;
+            // Chunks hold whole groups of the rows that each merger needs together.
+            let together = mergers.iter().fold(1, |all, (_, m)| least_common_multiple(all, m.rows_together()));
+            let rows = (CHUNK / row_len.max(1)).max(1).next_multiple_of(together);
             let mut values = Vec::new();
             for (chunk, bytes) in weight.chunks((rows * row_len * size).max(size)).enumerate() {
                 if data_type != DataType::Double {

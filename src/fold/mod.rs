@@ -98,7 +98,7 @@ struct Layer<'a> {
 
 /// An adapter on a layer, or on a part of one.
 struct Stacked<'a> {
-    adapter: &'a Adapter,
+    adapter: &'a Arc<Adapter>,
     on: &'a Linear,
 }
 
@@ -225,7 +225,7 @@ fn chosen(
     record: Option<&Injection>,
     options: &FoldOptions,
     warnings: &mut Vec<String>,
-) -> Result<Vec<Adapter>> {
+) -> Result<Vec<Arc<Adapter>>> {
     let mut extra = Vec::new();
     for adapter in &options.extra {
         let mut adapter = adapter.clone();
@@ -238,14 +238,14 @@ fn chosen(
     if wanted.is_empty() {
         return Err(Error::config("no adapter of this model is active; name those to merge with --adapter-names"));
     }
-    let mut adapters: Vec<Adapter> = Vec::new();
+    let mut adapters: Vec<Arc<Adapter>> = Vec::new();
     for name in &wanted {
         if adapters.iter().any(|a| a.name == *name) {
             return Err(Error::config(format!("adapter {name} is named twice")));
         }
         adapters.push(match (extra.iter().find(|a| a.name == *name), record) {
-            (Some(adapter), _) => adapter.clone(),
-            (None, Some(record)) => extract(site.model, record, name)?,
+            (Some(adapter), _) => Arc::new(adapter.clone()),
+            (None, Some(record)) => Arc::new(extract(site.model, record, name)?),
             (None, None) => {
                 let known: Vec<&str> = extra.iter().map(|a| a.name.as_str()).collect();
                 return Err(Error::config(format!(
@@ -260,7 +260,7 @@ fn chosen(
 }
 
 /// The adapted layers, each with the adapters on it (and on parts of it) in their order.
-fn layers<'a>(adapters: &'a [Adapter], linears: &'a [Linear]) -> Result<Vec<Layer<'a>>> {
+fn layers<'a>(adapters: &'a [Arc<Adapter>], linears: &'a [Linear]) -> Result<Vec<Layer<'a>>> {
     let mut modules: HashMap<&str, Vec<&Linear>> = HashMap::new();
     for linear in linears {
         let known = modules.entry(linear.whole()).or_default();
@@ -300,7 +300,7 @@ fn layers<'a>(adapters: &'a [Adapter], linears: &'a [Linear]) -> Result<Vec<Laye
 }
 
 /// What the adapters replace, by path.
-fn saved<'a>(adapters: &'a [Adapter], layers: &[Layer]) -> Result<BTreeMap<&'a str, &'a Tensor>> {
+fn saved<'a>(adapters: &'a [Arc<Adapter>], layers: &[Layer]) -> Result<BTreeMap<&'a str, &'a Tensor>> {
     let mut saved: BTreeMap<&str, (&str, &Tensor)> = BTreeMap::new();
     for adapter in adapters {
         for (path, value) in &adapter.saved {

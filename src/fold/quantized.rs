@@ -4,6 +4,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::io::Write;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -60,7 +61,7 @@ pub struct RequantizedLayer {
 pub(super) fn fold(
     merge: &mut Merger,
     layers: &[&Layer],
-    adapters: &[Adapter],
+    adapters: &[Arc<Adapter>],
     ours: &HashMap<&Source, usize>,
     names: &mut Names,
     summary: &mut FoldSummary,
@@ -116,7 +117,7 @@ fn obstacle(layer: &Layer, ours: &HashMap<&Source, usize>) -> Option<String> {
 }
 
 /// Why a call of a module cannot be an ordinary product, if so.
-fn cannot_be_plain(linear: &Linear, values: &Values, module: &str, adapters: &[Adapter]) -> Option<String> {
+fn cannot_be_plain(linear: &Linear, values: &Values, module: &str, adapters: &[Arc<Adapter>]) -> Option<String> {
     if let Some(Err(why)) = linear.quantized.as_ref().map(|q| &q.scheme) {
         return Some(why.clone());
     }
@@ -142,19 +143,19 @@ fn cannot_be_plain(linear: &Linear, values: &Values, module: &str, adapters: &[A
 }
 
 /// Puts the adapters of the modules `kept` into the merged model as nodes and initializers, and notes which they are.
-fn keep(merge: &mut Merger, adapters: &[Adapter], kept: &BTreeSet<String>, names: &mut Names) -> Result<()> {
+fn keep(merge: &mut Merger, adapters: &[Arc<Adapter>], kept: &BTreeSet<String>, names: &mut Names) -> Result<()> {
     let linears = merge.base.linears();
     let site = Site { model: merge.model, base: merge.base, linears: &linears };
     let mut record = Injection::default();
     let mut values = Vec::new();
     for adapter in adapters {
-        let mut part = adapter.clone();
+        let mut part = Adapter::clone(adapter);
         part.saved.clear();
         part.blocks.retain(|module, _| kept.contains(module));
         if part.blocks.is_empty() {
             continue;
         }
-        let (placed, tensors) = site.place(&part, names)?;
+        let (placed, tensors) = site.place(part, names)?;
         record.active.push(placed.name.clone());
         record.adapters.push(placed);
         values.extend(tensors);
@@ -180,15 +181,17 @@ impl Merger<'_> {
         let matrix =
             linear.quantized.as_ref().and_then(|q| q.scheme.as_ref().ok()).map(|s| s.matrix).unwrap_or_default();
         let mut values = grid.values();
-        for (adapter, merger) in self.mergers(layer, linear)? {
-            merger.apply(&mut values, matrix[1], 0);
+        for change in self.changes(layer, linear)? {
+            change.merger()?.apply(&mut values, matrix[1], 0);
             if self.options.safe
                 && let Some(at) = values.iter().position(|v| !v.is_finite())
             {
                 return Err(Error::Check(format!(
-                    "module {}: merging adapter {adapter} gives {} at element {at} of the weight; the adapter seems to \
+                    "module {}: merging adapter {} gives {} at element {at} of the weight; the adapter seems to \
                      be broken, nothing was written",
-                    layer.module, values[at]
+                    layer.module,
+                    change.adapter(),
+                    values[at]
                 )));
             }
         }

@@ -57,14 +57,14 @@ pub fn rename(model: &Model, from: &str, to: &str) -> Result<Patch> {
     // Placed once to get its record, and then where the old one stood.
     let mut names = super::taken_names(&base, &record);
     let linears = base.linears();
-    let (placed, _) = Site { model, base: &base, linears: &linears }.place(&adapter, &mut names)?;
+    let (placed, _) = Site { model, base: &base, linears: &linears }.place(adapter, &mut names)?;
     let renames: HashMap<String, String> =
         old.named(from)?.parameters().map(str::to_string).zip(placed.parameters().map(str::to_string)).collect();
     record.adapters.insert(at.unwrap_or(0), placed);
     if let Some(active) = active {
         record.active.insert(active, to.into());
     }
-    let mut patch = rewrite(model, &base, Some(&old), &mut record, &[], &mut InjectSummary::default())?;
+    let mut patch = rewrite(model, &base, Some(&old), &mut record, Vec::new(), &mut InjectSummary::default())?;
     for (index, tensor) in model.graph().initializer.iter().enumerate() {
         if let Some(name) = renames.get(tensor.name()) {
             patch.graph(&Vec::new()).drop_initializers.insert(index);
@@ -103,7 +103,7 @@ fn import_into(
     let linears = base.linears();
     let site = Site { model, base: &base, linears: &linears };
     fit(&site, &mut adapter, allow_partial, &mut summary.warnings)?;
-    let patch = rewrite(model, &base, old.as_ref(), &mut record, &[adapter], &mut summary)?;
+    let patch = rewrite(model, &base, old.as_ref(), &mut record, vec![adapter], &mut summary)?;
     Ok(Injected { patch, summary, record, opened: None })
 }
 
@@ -194,5 +194,5 @@ fn change(model: &Model, edit: impl FnOnce(&mut Injection) -> Result<()>) -> Res
     let mut record = old.clone();
     edit(&mut record)?;
     let base = Base::of(model, Some(&old))?;
-    rewrite(model, &base, Some(&old), &mut record, &[], &mut InjectSummary::default())
+    rewrite(model, &base, Some(&old), &mut record, Vec::new(), &mut InjectSummary::default())
 }

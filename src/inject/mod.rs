@@ -153,7 +153,7 @@ fn inject_into(model: &Model, options: &InjectOptions, calls: &[Inlined]) -> Res
         let adapter = site.fresh(&options.adapter_name, &config, &chosen, &mut rng, &mut summary.warnings)?;
         added.push(adapter);
     }
-    let mut patch = rewrite(model, &base, old.as_ref(), &mut record, &added, &mut summary)?;
+    let mut patch = rewrite(model, &base, old.as_ref(), &mut record, added, &mut summary)?;
     if let Some(head) = &options.head {
         if let Some(old) = &record.head {
             return Err(Error::file(&model.path, format!("it already has a head, {:?}", old.name)));
@@ -211,12 +211,13 @@ pub(crate) fn rewrite(
     base: &Base,
     old: Option<&Injection>,
     record: &mut Injection,
-    added: &[Adapter],
+    added: Vec<Adapter>,
     summary: &mut InjectSummary,
 ) -> Result<Patch> {
     let linears = base.linears();
     let mut names = taken_names(base, record);
     let mut values: Vec<(String, Tensor)> = Vec::new();
+    let new: Vec<String> = added.iter().map(|a| a.name.clone()).collect();
     for adapter in added {
         let site = place::Site { model, base, linears: &linears };
         let (placed, tensors) = site.place(adapter, &mut names)?;
@@ -229,8 +230,8 @@ pub(crate) fn rewrite(
     let mut patch = old.map(|old| strip(model, old, &keep)).transpose()?.unwrap_or_default();
     let emission = match emit(base, record, &mut names.clone(), Form::Served) {
         // An adapter that cannot work together with those that are active comes in all the same, and works alone.
-        Err(clash @ Error::Config(_)) if !added.is_empty() && record.active.len() > added.len() => {
-            record.active = added.iter().map(|a| a.name.clone()).collect();
+        Err(clash @ Error::Config(_)) if !new.is_empty() && record.active.len() > new.len() => {
+            record.active = new;
             summary.warnings.push(format!("only {} is active now: {clash}", record.active.join(", ")));
             emit(base, record, &mut names, Form::Served)?
         }

@@ -70,17 +70,18 @@ impl Site<'_> {
     ///
     /// # Errors
     /// A value for a layer or parameter that the model does not have, or of another size: all of them listed.
-    pub(crate) fn place(&self, adapter: &Adapter, names: &mut Names) -> Result<(AdapterRecord, Vec<(String, Tensor)>)> {
+    pub(crate) fn place(
+        &self,
+        mut adapter: Adapter,
+        names: &mut Names,
+    ) -> Result<(AdapterRecord, Vec<(String, Tensor)>)> {
         let mut values = Vec::new();
         let mut targets: Vec<TargetRecord> = Vec::new();
         for linear in self.linears {
-            let Some(block) = adapter.blocks.get(&linear.path) else { continue };
-            if targets.iter().any(|t| t.module == linear.path) {
-                continue;
-            }
+            let Some(block) = adapter.blocks.remove(&linear.path) else { continue };
             let wanted = format!("{}.{}.{}", linear.path, adapter.config.peft_type.block(), adapter.name);
             let parameter = names.fresh(&wanted);
-            values.push((parameter.clone(), block.clone()));
+            values.push((parameter.clone(), block));
             targets.push(TargetRecord {
                 module: linear.path.clone(),
                 parameter,
@@ -94,22 +95,22 @@ impl Site<'_> {
         let mut saved = Vec::new();
         let full = adapter.config.saved_modules();
         let in_full: HashSet<usize> = select::saved(&parameters, &full).into_iter().collect();
-        for (path, value) in &adapter.saved {
+        for (path, value) in adapter.saved {
             let Some(found) = by_path.get(path.as_str()) else {
                 return Err(Error::model(format!("the model has no parameter {path}")));
             };
             let name = names.fresh(&format!("{path}.{}", adapter.name));
-            let value = if found.transposed { turned(value.clone()) } else { value.clone() };
-            let position = parameters.iter().position(|p| p.path == *path);
+            let value = if found.transposed { turned(value) } else { value };
+            let position = parameters.iter().position(|p| p.path == path);
             saved.push(SavedRecord {
-                path: path.clone(),
+                path,
                 parameter: name.clone(),
                 transposed: found.transposed,
                 bias: found.is_bias && !position.is_some_and(|i| in_full.contains(&i)),
             });
             values.push((name, value));
         }
-        Ok((AdapterRecord { name: adapter.name.clone(), config: adapter.config.clone(), targets, saved }, values))
+        Ok((AdapterRecord { name: adapter.name, config: adapter.config, targets, saved }, values))
     }
 
     /// What of `adapter` does not fit this model, a sentence each: modules that are not there, or of another size.

@@ -144,6 +144,10 @@ fn samples(model: &Model, location: &str, origin: &Origin) -> Result<String> {
     });
     match failed {
         Some(error) => Err(error),
-        None => Ok(sha1(&ranges.into_iter().flat_map(|r| origin.bytes[r].to_vec()).collect::<Vec<u8>>())),
+        None => {
+            let read = ranges.into_iter().map(|range| origin.read(range)).collect::<std::io::Result<Vec<_>>>();
+            let path = model.external.dir().join(location);
+            Ok(sha1(&read.map_err(Error::io("read", &path))?.concat()))
+        }
     }
 }

@@ -149,6 +149,16 @@ impl Origin {
         Self::map(File::open(path)?)
     }
 
+    /// A copy of the bytes in `range`, read past the map, whose pages would count as this process's memory.
+    pub fn read(&self, range: std::ops::Range<usize>) -> std::io::Result<Vec<u8>> {
+        let mut bytes = vec![0; range.len()];
+        #[cfg(unix)]
+        std::os::unix::fs::FileExt::read_exact_at(&*self.file, &mut bytes, range.start as u64)?;
+        #[cfg(not(unix))]
+        bytes.copy_from_slice(&self.bytes[range]);
+        Ok(bytes)
+    }
+
     /// Maps the content of `file` (an empty file as no bytes).
     pub fn map(file: File) -> std::io::Result<Self> {
         let bytes = if file.metadata()?.len() == 0 {

@@ -122,12 +122,13 @@ impl Rope {
         origins.iter().find(|o| o.bytes.len() == bytes.len() && offset_in(&o.bytes, bytes) == Some(0))
     }
 
-    /// Writes everything from the start of `out` on. What is long is made and written by several threads at once, each
-    /// piece at its place; `origins` are the files that slices may come from.
+    /// Writes everything to `out`, a new file. What is long is made and written by several threads at once, each piece at
+    /// its place; runs of zeros are left to the file system. `origins` are the files that slices may come from.
     ///
     /// # Errors
     /// Where several pieces fail, the first of those that were reached.
     pub fn write_to(self, out: &File, origins: &[Origin]) -> Result<(), RopeError> {
+        out.set_len(self.len as u64)?;
         let jobs = self.jobs(origins);
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS).min(jobs.len());
         let queue = Mutex::new(jobs.into_iter().enumerate());
@@ -265,14 +266,23 @@ fn copy(origin: &Origin, from: usize, out: &File, at: usize, len: usize) -> std:
     At { file: out, offset: at as u64 }.write_all(&origin.bytes[from..from + len])
 }
 
-/// Writes at a place of its own, whatever others do with the file meanwhile.
+/// Writes to a new file at a place of its own, whatever others do with the file meanwhile. Zeros are there already.
 struct At<'a> {
     file: &'a File,
     offset: u64,
 }
 
+/// Zeros are passed over by pages.
+static PAGE: [u8; 4096] = [0; 4096];
+
 impl Write for At<'_> {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let zeros: usize =
+            bytes.chunks(PAGE.len()).take_while(|part| **part == PAGE[..part.len()]).map(<[u8]>::len).sum();
+        if zeros > 0 {
+            self.offset += zeros as u64;
+            return Ok(zeros);
+        }
         #[cfg(unix)]
         let written = std::os::unix::fs::FileExt::write_at(self.file, bytes, self.offset)?;
         #[cfg(windows)]
@@ -373,6 +383,11 @@ mod tests {
             expected.extend(&long[from..to]);
             rope.push(vec![turn; 5]);
             expected.extend([turn; 5]);
+            // Zeros that are not written, with and without something before them in the same piece.
+            let mut zeros = vec![0; LONG + 9000];
+            zeros[0] = turn % 3;
+            expected.extend(&zeros);
+            rope.push(zeros);
             // Long ones take a thread's turn, short ones join their neighbours.
             let len = if turn % 2 == 0 { LONG + 3 } else { 10 };
             let write = move |out: &mut dyn Write| Ok(out.write_all(&vec![100 + turn; len])?);
