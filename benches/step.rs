@@ -12,10 +12,10 @@ use bone_onnx::adapter::{BoneConfig, Injection, Pool, TargetModules};
 use bone_onnx::engine::{self, Device, EngineKind, LoadOptions, Session};
 use bone_onnx::inject::{HeadOptions, InjectOptions, inject};
 use bone_onnx::onnx::{Model, Tensor};
-use bone_onnx::train::Loss;
-use bone_onnx::train::data::{Batch, Field};
-use bone_onnx::train::graph::{GradientSession, Learners, LossModel, Parameter, parameters};
+use bone_onnx::train::data::{Batch, Field, LabelKind, Target};
+use bone_onnx::train::graph::{GradientSession, Learners, LossModel, Parameter, Task, parameters};
 use bone_onnx::train::optimizer::{Group, Optimizer, Rule, Scale};
+use bone_onnx::train::{Loss, Pooling};
 use criterion::Criterion;
 
 const BATCH: usize = 16;
@@ -86,7 +86,10 @@ fn prepare() -> Option<Bench> {
     let learners = Learners { injection: &record, trained: &record.active, dropout: None };
     let topic = model.graph().output.iter().find(|o| o.name() == "topic").expect("the head");
     let field = Field::of(topic);
-    let step = LossModel::new(&model, learners, &parameters, Loss::cross_entropy(), &field, 1)
+    let (loss, pooling) = (Loss::cross_entropy(), &Pooling::default());
+    let columns = [Target::labels("labels", LabelKind::Class, &field).field(1)];
+    let task = Task { loss, pooling, output: &field, columns: &columns, roles: 1 };
+    let step = LossModel::new(&model, learners, &parameters, task)
         .and_then(|m| m.gradient(engine.as_ref(), &load))
         .expect("a gradient");
 
@@ -99,7 +102,7 @@ fn prepare() -> Option<Bench> {
     let group = Group { lr: 2e-4, weight_decay: 0.0 };
     let rule = Rule::AdamW { betas: (0.9, 0.999), eps: 1e-8 };
     let optimizer = Optimizer::new(rule, parameters.iter().map(|p| (p.value.len(), group)));
-    let batch = Batch { inputs: inputs.clone(), labels };
+    let batch = Batch { inputs: inputs.clone(), targets: vec![labels], samples: BATCH };
     Some(Bench { name, forward, inputs, output: output.into(), step, parameters, batch, optimizer })
 }
 

@@ -216,12 +216,17 @@ impl Args {
         let Some((name, labels)) = parsed.filter(|(name, labels)| !name.is_empty() && *labels > 0) else {
             return Err(Error::config(format!("--head is {head:?}; write NAME:NUM_LABELS, for example topic:5")));
         };
-        let pool = match self.pool.as_str() {
-            "cls" => Pool::Cls,
-            "none" => Pool::None,
-            _ => Pool::Mean,
-        };
-        Ok(Some(HeadOptions { name: name.into(), labels, input: input.clone(), pool, mask: self.pool_mask.clone() }))
+        let (pool, mask) = (pool(&self.pool), self.pool_mask.clone());
+        Ok(Some(HeadOptions { name: name.into(), labels, input: input.clone(), pool, mask }))
+    }
+}
+
+/// What `--pool` says.
+pub(super) fn pool(flag: &str) -> Pool {
+    match flag {
+        "cls" => Pool::Cls,
+        "none" => Pool::None,
+        _ => Pool::Mean,
     }
 }
 

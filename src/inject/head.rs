@@ -92,14 +92,7 @@ pub(super) fn append(
     }
 
     let mut head = Builder { opset: model.proto.opset(), names, name, nodes: Vec::new(), constants: Vec::new() };
-    let pooled = match options.pool {
-        Pool::None => options.input.clone(),
-        Pool::Cls => {
-            let first = head.constant("first", Tensor::scalar(0i64));
-            head.op("Gather", "pooled", &[&options.input, &first], vec![AttributeProto::int("axis", 1)])
-        }
-        Pool::Mean => head.mean(&options.input, options.mask.as_deref()),
-    };
+    let pooled = head.pool(options.pool, &options.input, options.mask.as_deref());
     let weight = head.names.fresh(&format!("{name}.weight"));
     let bias = head.names.fresh(&format!("{name}.bias"));
     let transposed = head.op("Transpose", "transposed", &[&weight], vec![AttributeProto::ints("perm", &[1, 0])]);
@@ -144,17 +137,29 @@ pub(super) fn append(
     Ok((record, options.labels * (features + 1)))
 }
 
-/// Collects the head's nodes.
-struct Builder<'a> {
-    opset: i64,
-    names: &'a mut Names,
-    name: &'a str,
-    nodes: Vec<NodeProto>,
-    constants: Vec<TensorProto>,
+/// Collects the head's nodes, whose names begin with `name`.
+pub(crate) struct Builder<'a> {
+    pub opset: i64,
+    pub names: &'a mut Names,
+    pub name: &'a str,
+    pub nodes: Vec<NodeProto>,
+    pub constants: Vec<TensorProto>,
 }
 
 impl Builder<'_> {
-    fn op(&mut self, op: &str, what: &str, inputs: &[&str], attributes: Vec<AttributeProto>) -> String {
+    /// A vector for each row of `tokens`, `[batch, sequence, features]`; with [`Pool::None`], `tokens`.
+    pub fn pool(&mut self, pool: Pool, tokens: &str, mask: Option<&str>) -> String {
+        match pool {
+            Pool::None => tokens.into(),
+            Pool::Cls => {
+                let first = self.constant("first", Tensor::scalar(0i64));
+                self.op("Gather", "pooled", &[tokens, &first], vec![AttributeProto::int("axis", 1)])
+            }
+            Pool::Mean => self.mean(tokens, mask),
+        }
+    }
+
+    pub fn op(&mut self, op: &str, what: &str, inputs: &[&str], attributes: Vec<AttributeProto>) -> String {
         let output = self.names.fresh(&format!("{}/{what}", self.name));
         let mut node = node(op, inputs, &[&output]);
         node.attribute = attributes;

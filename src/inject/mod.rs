@@ -16,6 +16,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
+pub(crate) use head::Builder;
 pub use head::HeadOptions;
 pub use manage::{activate, delete, extract, import, rename};
 pub(crate) use manage::{collect, fit};

@@ -28,7 +28,7 @@ pub(super) fn gradients(
     if let [only] = micro {
         return session.run(parameters, only);
     }
-    let counts: Vec<f64> = micro.iter().map(|batch| loss.count(&batch.labels) as f64).collect();
+    let counts: Vec<f64> = micro.iter().map(|batch| loss.count(batch) as f64).collect();
     let all = counts.iter().sum::<f64>().max(1.0);
     let mut mean = 0.0;
     let mut sums: Vec<Tensor> = Vec::new();

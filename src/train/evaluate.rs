@@ -16,16 +16,16 @@ pub(super) fn evaluate(
     batch_size: usize,
     step: usize,
 ) -> Result<EvalReport> {
-    let by_class = loss.label_kind() == LabelKind::Class;
+    let by_class = loss.label_kind() == Some(LabelKind::Class);
     let mut batches = Batches::new(feed.rows(), batch_size, None);
     let (mut sum, mut counted, mut right) = (0.0, 0, 0);
     for _ in 0..batches.per_epoch() {
         let batch = feed.batch(batches.next_rows())?;
         let (mean, output) = session.run(parameters, &batch)?;
-        if by_class {
-            right += hits(&output, &loss.targets(&batch.labels))?.0;
+        if let Some(labels) = batch.targets.first().filter(|_| by_class) {
+            right += hits(&output, &loss.targets(labels))?.0;
         }
-        let count = loss.count(&batch.labels);
+        let count = loss.count(&batch);
         sum += mean * count as f64;
         counted += count;
     }

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::data::{Field, LabelKind, read_arrays};
-use super::loss::{self, Loss};
+use super::loss::{self, Distance, Loss, Pooling};
 use super::optimizer::{Group, Optimizer, Rule, Scale};
 use super::schedule::{Schedule, Shape};
+use crate::adapter::Pool;
 use crate::autodiff::{self, Request, Seed};
 use crate::engine::{self, Device, Engine, EngineKind, LoadOptions};
 use crate::onnx::proto::OperatorSetIdProto;
@@ -29,6 +30,8 @@ fn assert_same_cases<'a>(table: impl Iterator<Item = &'a str>, goldens: impl Ite
 }
 
 fn losses() -> Vec<(&'static str, Loss)> {
+    let ranking = |scale, symmetric| Loss::MultipleNegativesRanking { scale, symmetric };
+    let triplet = |margin, distance| Loss::Triplet { margin, distance };
     vec![
         ("cross_entropy", Loss::cross_entropy()),
         ("cross_entropy_smooth", Loss::CrossEntropy { label_smoothing: 0.1 }),
@@ -44,11 +47,21 @@ fn losses() -> Vec<(&'static str, Loss)> {
         ("kl_div", Loss::KlDiv { temperature: 1.0 }),
         ("kl_div_warm", Loss::KlDiv { temperature: 2.5 }),
         ("cosine", Loss::CosineEmbedding),
+        ("ranking", "multiple-negatives-ranking".parse().unwrap()),
+        ("ranking_warm", ranking(1.5, false)),
+        ("ranking_both", ranking(20.0, true)),
+        ("ranking_mean", ranking(20.0, false)),
+        ("ranking_cls", ranking(20.0, false)),
+        ("triplet", "triplet".parse().unwrap()),
+        ("triplet_wide", triplet(5.0, Distance::Euclidean)),
+        ("triplet_manhattan", triplet(1.0, Distance::Manhattan)),
+        ("triplet_cosine", triplet(0.5, Distance::Cosine)),
     ]
 }
 
-/// Value and gradient of `loss` of a model that passes its input on, whose axes but the last are open.
-fn value_and_gradient(engine: &dyn Engine, loss: Loss, output: &Tensor, labels: &Tensor) -> (f64, Tensor) {
+/// Value and gradient of the loss of a model that passes its input on, whose axes but the last are open.
+fn value_and_gradient(engine: &dyn Engine, name: &str, loss: Loss, parts: &BTreeMap<&str, &Tensor>) -> (f64, Tensor) {
+    let output = parts["output"];
     let rank = output.dims().len();
     let names: Vec<String> = (0..rank).map(|i| format!("d{i}")).collect();
     let last = output.dims()[rank - 1].to_string();
@@ -65,13 +78,33 @@ fn value_and_gradient(engine: &dyn Engine, loss: Loss, output: &Tensor, labels: 
         }),
         ..Default::default()
     };
-    let names = loss::append(&mut model, loss, &Field::of(&info), labels.dims().len()).unwrap();
+    if parts.contains_key("mask") {
+        let mask = value_info("attention_mask", DataType::Int64, &dims[..2]);
+        model.graph.as_mut().unwrap().input.push(mask);
+    }
+    let pool = match name {
+        "ranking_mean" => Pool::Mean,
+        "ranking_cls" => Pool::Cls,
+        _ => Pool::None,
+    };
+    let pooling = Pooling { pool, mask: None };
+    let mut scored = pooling.checked(&Field::of(&info), &[]).unwrap();
+    let column = |t: super::data::Target| t.field(parts[t.name.as_str()].dims().len());
+    let columns: Vec<Field> = loss.columns("labels", &scored).into_iter().map(column).collect();
+    pooling.append(&mut model, &mut scored);
+    let roles = parts.get("roles").map_or(1, |roles| roles.as_f64().unwrap() as usize);
+    let names = loss::append(&mut model, loss, &scored, &columns, roles).unwrap();
     let request =
         Request { of: vec![(names.loss.clone(), Seed::One)], wrt: vec!["x".into()], input_dims: BTreeMap::new() };
     let gradient = autodiff::gradient(&model, &request).unwrap();
     let mut session = engine.load(&gradient.model, &LoadOptions { threads: Some(1), optimize: true }).unwrap();
     let wanted = [names.loss.as_str(), gradient.gradients[0].as_str()];
-    let mut got = session.run(&[("x", output), (&names.labels, labels)], &wanted).unwrap();
+    let mut given = vec![("x", output)];
+    given.extend(
+        names.targets.iter().zip(&columns).map(|(input, column)| (input.as_str(), parts[column.name.as_str()])),
+    );
+    given.extend(parts.get("mask").map(|mask| ("attention_mask", *mask)));
+    let mut got = session.run(&given, &wanted).unwrap();
     let by_x = got.pop().unwrap();
     (got[0].as_f64().unwrap(), by_x)
 }
@@ -87,11 +120,14 @@ fn every_loss_and_its_gradient_is_pytorchs_on_both_engines() {
         let engine = engine::open(kind, Device::Cpu).unwrap();
         for case in &cases {
             let part = |name: &str| &goldens[&format!("{case}/{name}")];
-            let loss = settings[case.split_once('/').unwrap().0];
-            let (value, gradient) = value_and_gradient(engine.as_ref(), loss, part("output"), part("labels"));
+            let parts =
+                goldens.iter().filter_map(|(key, tensor)| Some((key.strip_prefix(case)?.strip_prefix('/')?, tensor)));
+            let name = case.split_once('/').unwrap().0;
+            let loss = settings[name];
+            let (value, gradient) = value_and_gradient(engine.as_ref(), name, loss, &parts.collect());
             let what = format!("{} of {}", case, engine.name());
             // tract takes the logarithm of its softmax, which is −∞ for scores that are more than about 100 apart.
-            if kind == EngineKind::Tract && loss.label_kind() == LabelKind::Class && case.ends_with("/far") {
+            if kind == EngineKind::Tract && loss.label_kind() == Some(LabelKind::Class) && case.ends_with("/far") {
                 assert_eq!(value, f64::INFINITY, "{what}");
                 continue;
             }

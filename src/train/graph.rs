@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use super::data::{Batch, Field};
 use super::form;
-use super::loss::{self, Loss, LossNames};
+use super::loss::{self, Loss, LossNames, Pooling};
 use crate::adapter::Injection;
 use crate::autodiff::{self, Request, Rules, Seed};
 use crate::base::Base;
@@ -83,6 +83,19 @@ pub struct Learners<'a> {
     pub dropout: Option<u64>,
 }
 
+/// What is made small, and of what.
+#[derive(Clone, Copy)]
+pub struct Task<'a> {
+    pub loss: Loss,
+    pub pooling: &'a Pooling,
+    /// The output, as it is after pooling.
+    pub output: &'a Field,
+    /// What the loss reads beside it.
+    pub columns: &'a [Field],
+    /// Parts of a sample.
+    pub roles: usize,
+}
+
 /// A loss over a model whose parameters are inputs, ready to be loaded with or without gradients.
 pub struct LossModel {
     /// In training form (`form.rs`).
@@ -94,15 +107,8 @@ pub struct LossModel {
 }
 
 impl LossModel {
-    /// Puts `loss` behind `output` of the injected model; labels have rank `label_rank`.
-    pub fn new(
-        model: &Model,
-        learners: Learners,
-        parameters: &[Parameter],
-        loss: Loss,
-        output: &Field,
-        label_rank: usize,
-    ) -> Result<Self> {
+    /// Puts the loss of `task` behind its output of the injected model.
+    pub fn new(model: &Model, learners: Learners, parameters: &[Parameter], task: Task) -> Result<Self> {
         let injection = learners.injection;
         let base = Base::of(model, Some(injection))?.proto.into_owned();
         let mut proto = model.inlined(base)?;
@@ -114,12 +120,14 @@ impl LossModel {
         upgrade(&mut proto, OPSET)?;
         let rules = form::training_form(&mut proto, &learners)?;
         promote(&mut proto, parameters);
-        let names = loss::append(&mut proto, loss, output, label_rank)?;
+        let mut output = task.output.clone();
+        task.pooling.append(&mut proto, &mut output);
+        let names = loss::append(&mut proto, task.loss, &output, task.columns, task.roles)?;
         if let Some(graph) = &mut proto.graph {
             graph.output.retain(|o| o.name() == output.name || o.name() == names.loss);
         }
         let parameters = parameters.iter().map(|p| p.name.clone()).collect();
-        Ok(Self { model: proto, rules, names, output: output.name.clone(), parameters })
+        Ok(Self { model: proto, rules, names, output: output.name, parameters })
     }
 
     /// Derives the gradients and loads them with the loss.
@@ -144,7 +152,7 @@ impl LossModel {
         // The seed is the last of the inputs.
         let last = gradient.model.graph.iter().flat_map(|g| &g.input).next_back().filter(|_| seed == Seed::Input);
         let scale = last.map(|i| Scale { name: i.name().into(), value: Tensor::scalar(LARGEST_SCALE) });
-        Ok(GradientSession { session, labels: self.names.labels.clone(), wanted, scale, runs: 0 })
+        Ok(GradientSession { session, targets: self.names.targets.clone(), wanted, scale, runs: 0 })
     }
 
     /// Has every Dropout draw from its seed on what it would draw after `runs` runs: ONNX Runtime's on the CPU adds 1 to
@@ -162,7 +170,7 @@ impl LossModel {
         model.graph.iter_mut().for_each(form::lower);
         let session = engine.load(&model, options)?;
         let wanted = [self.names.loss.clone(), self.output.clone()];
-        Ok(ForwardSession { session, labels: self.names.labels.clone(), wanted })
+        Ok(ForwardSession { session, targets: self.names.targets.clone(), wanted })
     }
 }
 
@@ -203,7 +211,7 @@ fn promote(model: &mut ModelProto, parameters: &[Parameter]) {
 /// Loss and gradients of a batch.
 pub struct GradientSession {
     session: Box<dyn Session>,
-    labels: String,
+    targets: Vec<String>,
     /// The loss, then a gradient for each parameter.
     wanted: Vec<String>,
     /// For models that compute in halves.
@@ -252,7 +260,7 @@ impl GradientSession {
     fn scaled(&mut self, parameters: &[Parameter], batch: &Batch) -> Result<(f64, Vec<Tensor>)> {
         let wanted: Vec<&str> = self.wanted.iter().map(String::as_str).collect();
         loop {
-            let mut given = inputs(parameters, batch, &self.labels);
+            let mut given = inputs(parameters, batch, &self.targets);
             given.extend(self.scale.iter().map(|s| (s.name.as_str(), &s.value)));
             let mut gradients = self.session.run(&given, &wanted)?;
             self.runs += 1;
@@ -277,23 +285,24 @@ impl GradientSession {
 /// Loss and output of a batch.
 pub struct ForwardSession {
     session: Box<dyn Session>,
-    labels: String,
+    targets: Vec<String>,
     wanted: [String; 2],
 }
 
 impl ForwardSession {
     pub fn run(&mut self, parameters: &[Parameter], batch: &Batch) -> Result<(f64, Tensor)> {
         let wanted: Vec<&str> = self.wanted.iter().map(String::as_str).collect();
-        let mut out = self.session.run(&inputs(parameters, batch, &self.labels), &wanted)?;
+        let mut out = self.session.run(&inputs(parameters, batch, &self.targets), &wanted)?;
         let output = out.pop().ok_or_else(|| Error::model("the model gave no output"))?;
         Ok((scalar(out.remove(0))?, to_f32(output)?))
     }
 }
 
-fn inputs<'a>(parameters: &'a [Parameter], batch: &'a Batch, labels: &'a str) -> Vec<(&'a str, &'a Tensor)> {
+fn inputs<'a>(parameters: &'a [Parameter], batch: &'a Batch, targets: &'a [String]) -> Vec<(&'a str, &'a Tensor)> {
     let parameters = parameters.iter().map(|p| (p.name.as_str(), &p.value));
     let data = batch.inputs.iter().map(|(name, value)| (name.as_str(), value));
-    parameters.chain(data).chain([(labels, &batch.labels)]).collect()
+    let targets = targets.iter().map(String::as_str).zip(&batch.targets);
+    parameters.chain(data).chain(targets).collect()
 }
 
 fn scalar(loss: Tensor) -> Result<f64> {

@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-pub use loss::Loss;
+pub use loss::{Distance, Loss, Pooling};
 pub use metrics::{EvalReport, StepReport};
 pub use options::{EvalStrategy, TrainOptions};
 
@@ -37,8 +37,8 @@ use crate::onnx::shape::{Dim, Shapes};
 use crate::onnx::{DataType, Model, ValueInfoProto, data_type_name};
 use crate::{Error, Result, did_you_mean};
 use checkpoint::{Checkpoints, Saved};
-use data::{Axis, Batches, Dataset, Feed, Field, Labels, ReadOptions};
-use graph::{ForwardSession, GradientSession, Learners, LossModel, Parameter};
+use data::{Axis, Batches, Dataset, Feed, Field, LabelKind, ReadOptions, Target};
+use graph::{ForwardSession, GradientSession, Learners, LossModel, Parameter, Task};
 use metrics::MetricsFile;
 use optimizer::{Group, Optimizer, Scale, clip_factor, global_norm};
 use schedule::Schedule;
@@ -122,11 +122,13 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     }
     let inputs = Field::inputs(model.graph());
     let output = output_field(model, &injection, options.output.as_deref())?;
-    let labels = Labels { name: &options.labels, kind: options.loss.label_kind(), output: &output };
+    let scored = options.pooling.checked(&output, &inputs)?;
+    let targets = options.loss.columns(&options.labels, &scored);
 
     let open = |path: &Path, label_names| {
+        let (kind, roles) = (options.loss.label_kind(), options.loss.roles());
         let read =
-            ReadOptions { inputs: &inputs, labels: labels.name, kind: labels.kind, text: &options.text, label_names };
+            ReadOptions { inputs: &inputs, labels: &options.labels, kind, roles, text: &options.text, label_names };
         Dataset::open(path, &read)
     };
     let dataset = open(&options.data, None)?;
@@ -138,8 +140,20 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
             dataset.path.display()
         )));
     }
-    let feed = checked_feed(&dataset, &inputs, &labels)?;
-    let eval_feed = eval_set.as_ref().map(|set| checked_feed(set, &inputs, &labels)).transpose()?;
+    let classes = scored.classes().filter(|_| options.loss.label_kind() == Some(LabelKind::Class));
+    let feed = checked_feed(&dataset, &inputs, &targets, classes)?;
+    let eval_feed = eval_set.as_ref().map(|set| checked_feed(set, &inputs, &targets, classes)).transpose()?;
+    if let Some(other) = eval_feed.as_ref().filter(|eval| eval.roles() != feed.roles()) {
+        let has = |feed: &Feed| if feed.roles() > 2 { "negatives" } else { "no negatives" };
+        return Err(Error::data(format!(
+            "{} has {}, but {} has {}; let both be alike",
+            feed.path().display(),
+            has(&feed),
+            other.path().display(),
+            has(other)
+        )));
+    }
+    let columns = feed.targets();
     let batch_size = batch_size(&inputs, options.batch_size, std::iter::once(&feed).chain(&eval_feed))?;
 
     let drops_out = injection.active().any(|a| trained.contains(&a.name) && a.config.miss_dropout > 0.0);
@@ -151,7 +165,9 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     }
     let loss_model = |dropout| {
         let learners = Learners { injection: &injection, trained: &trained, dropout };
-        LossModel::new(model, learners, &parameters, options.loss, &output, feed.label_rank())
+        let (loss, pooling) = (options.loss, &options.pooling);
+        let task = Task { loss, pooling, output: &scored, columns: &columns, roles: feed.roles() };
+        LossModel::new(model, learners, &parameters, task)
     };
     let mut checkpoints = Checkpoints::new(model, options, engine);
     let resumed = checkpoints.resume(options.resume, &mut |what| progress.warned(what))?;
@@ -349,38 +365,42 @@ fn schedule(options: &TrainOptions, total: usize) -> Schedule {
     Schedule { shape: options.schedule, peak: options.lr, warmup, total }
 }
 
-fn checked_feed<'a>(dataset: &'a Dataset, inputs: &'a [Field], labels: &Labels<'a>) -> Result<Feed<'a>> {
-    let feed = Feed::new(dataset, inputs, labels)?;
-    if labels.kind == data::LabelKind::Class
-        && let Some(classes) = labels.output.classes()
-    {
-        feed.check_classes(classes)?;
-    }
+/// The columns of `dataset` that the run reads; labels are below `classes`, where that is given.
+fn checked_feed<'a>(
+    dataset: &'a Dataset,
+    inputs: &'a [Field],
+    targets: &[Target],
+    classes: Option<usize>,
+) -> Result<Feed<'a>> {
+    let feed = Feed::new(dataset, inputs, targets)?;
+    classes.map(|classes| feed.check_classes(classes)).transpose()?;
     Ok(feed)
 }
 
-/// Rows per batch: as asked, but a model exported for a fixed number of rows decides itself.
+/// Samples per batch: as asked, but a model exported for a fixed number of rows decides itself.
 fn batch_size<'a>(inputs: &[Field], wanted: Option<usize>, feeds: impl Iterator<Item = &'a Feed<'a>>) -> Result<usize> {
     let Some((fixed, input)) = inputs.iter().find_map(|i| Some((i.fixed_rows()?, i))) else {
         return Ok(wanted.unwrap_or(8));
     };
-    if wanted.is_some_and(|w| w != fixed) {
-        return Err(Error::config(format!(
-            "the model's input {} is fixed to {fixed} rows, so the batch-size has to be {fixed}",
-            input.name
-        )));
-    }
+    let mut samples = fixed;
     for feed in feeds {
-        if fixed == 0 || feed.rows() % fixed != 0 {
+        samples = fixed / feed.roles();
+        if wanted.is_some_and(|w| w != samples) {
+            return Err(Error::config(format!(
+                "the model's input {} is fixed to {fixed} rows, so the batch-size has to be {samples}",
+                input.name
+            )));
+        }
+        if samples == 0 || fixed % feed.roles() != 0 || feed.rows() % samples != 0 {
             return Err(Error::data(format!(
                 "{}: the model's input {} is fixed to {fixed} rows, and {} rows cannot be split into such batches",
                 feed.path().display(),
                 input.name,
-                feed.rows()
+                feed.rows() * feed.roles()
             )));
         }
     }
-    Ok(fixed)
+    Ok(samples)
 }
 
 /// The adapters that learn: those named, else all that are active.

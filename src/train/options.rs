@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::data::TextOptions;
-use super::loss::Loss;
+use super::loss::{Loss, Pooling};
 use super::optimizer::Rule;
 use super::schedule::Shape;
 use crate::engine::LoadOptions;
@@ -44,6 +44,8 @@ pub struct TrainOptions {
     pub adapter_names: Option<Vec<String>>,
     /// The output that is trained; `None`: the head's, or the model's only one.
     pub output: Option<String>,
+    /// How that output becomes one vector for each row before the loss.
+    pub pooling: Pooling,
     /// Name of the array with the labels.
     pub labels: String,
     pub text: TextOptions,
@@ -93,6 +95,7 @@ impl TrainOptions {
             loss,
             adapter_names: None,
             output: None,
+            pooling: Pooling::default(),
             labels: "labels".into(),
             text: TextOptions::default(),
             optimizer: Rule::AdamW { betas: (0.9, 0.999), eps: 1e-8 },
@@ -137,6 +140,11 @@ impl TrainOptions {
             Loss::KlDiv { temperature } => (0.0, 1.0, temperature),
             _ => (0.0, 1.0, 1.0),
         };
+        let (scale, margin) = match self.loss {
+            Loss::MultipleNegativesRanking { scale, .. } => (scale, 1.0),
+            Loss::Triplet { margin, .. } => (1.0, margin),
+            _ => (1.0, 1.0),
+        };
         let (cycles, power, lr_end) = match self.schedule {
             Shape::CosineWithRestarts { cycles } => (cycles, 1.0, 0.0),
             Shape::Polynomial { power, lr_end } => (1, power, lr_end),
@@ -146,6 +154,8 @@ impl TrainOptions {
             ((0.0..=1.0).contains(&smoothing), "label-smoothing", "a number from 0 to 1"),
             (positive(delta), "huber-delta", "a number above 0"),
             (positive(temperature), "temperature", "a number above 0"),
+            (positive(scale), "scale", "a number above 0"),
+            (positive(margin), "margin", "a number above 0"),
             (positive(self.lr), "lr", "a number above 0"),
             (self.head_lr.is_none_or(positive), "head-lr", "a number above 0"),
             (not_negative(self.weight_decay), "weight-decay", "a number from 0"),
@@ -182,6 +192,7 @@ impl TrainOptions {
 
 #[cfg(test)]
 mod tests {
+    use super::super::loss::Distance;
     use super::*;
 
     #[test]
@@ -193,10 +204,12 @@ mod tests {
         };
         assert!(with(|_| ()).is_ok());
         type Change = fn(&mut TrainOptions);
-        let cases: [(Change, &str); 20] = [
+        let cases: [(Change, &str); 22] = [
             (|o| o.loss = Loss::CrossEntropy { label_smoothing: 1.5 }, "label-smoothing"),
             (|o| o.loss = Loss::Huber { delta: 0.0 }, "huber-delta"),
             (|o| o.loss = Loss::KlDiv { temperature: -1.0 }, "temperature"),
+            (|o| o.loss = Loss::MultipleNegativesRanking { scale: 0.0, symmetric: false }, "scale"),
+            (|o| o.loss = Loss::Triplet { margin: -1.0, distance: Distance::Cosine }, "margin"),
             (|o| o.lr = f64::NAN, "lr"),
             (|o| o.head_lr = Some(-1.0), "head-lr"),
             (|o| o.weight_decay = -0.1, "weight-decay"),

@@ -7,10 +7,10 @@ use bone_onnx::adapter::{Adapter, Bias, BoneConfig, Injection};
 use bone_onnx::engine::LoadOptions;
 use bone_onnx::onnx::{Model, ModelProto};
 use bone_onnx::peft::{self, ReadOptions};
-use bone_onnx::train::data::{Batch, Field};
-use bone_onnx::train::graph::{self, Learners, LossModel};
+use bone_onnx::train::data::{Batch, Field, LabelKind, Target};
+use bone_onnx::train::graph::{self, Learners, LossModel, Task};
 use bone_onnx::train::optimizer::Rule;
-use bone_onnx::train::{self, Loss, TrainOptions};
+use bone_onnx::train::{self, Loss, Pooling, TrainOptions};
 
 use crate::common::{Bench, KINDS, Subject, VARIANTS, assert_close, engine, extracted, initializers, mlps, record};
 use crate::learning::each_learner;
@@ -83,10 +83,14 @@ fn row_14_gradients_only_on_what_trains() {
 
         let learners = Learners { injection: &injection, trained: &trained, dropout: None };
         let (goal, output) = (subject.goal(), Field::of(&model.graph().output[0]));
-        let loss = LossModel::new(&model, learners, &parameters, Loss::Mse, &output, goal.dims().len()).expect(what);
+        let columns = [Target::labels("labels", LabelKind::Number, &output).field(goal.dims().len())];
+        let (loss, pooling) = (Loss::Mse, &Pooling::default());
+        let task = Task { loss, pooling, output: &output, columns: &columns, roles: 1 };
+        let loss = LossModel::new(&model, learners, &parameters, task).expect(what);
         let mut session = loss.gradient(engine(), &LoadOptions { threads: Some(1), optimize: true }).expect(what);
         let inputs = subject.inputs.iter().map(|(n, t)| (n.clone(), t.clone())).collect();
-        let (_, gradients) = session.run(&parameters, &Batch { inputs, labels: goal }).expect(what);
+        let (_, gradients) =
+            session.run(&parameters, &Batch { inputs, samples: goal.dims()[0], targets: vec![goal] }).expect(what);
         assert_eq!(gradients.len(), parameters.len(), "{what}");
         for (parameter, gradient) in parameters.iter().zip(gradients) {
             let values = gradient.to_f64();

@@ -6,6 +6,7 @@ mod common;
 mod exported;
 mod goldens;
 mod models;
+mod pairs;
 mod quantized;
 mod resume;
 mod runs;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::cli::engine::EngineArgs;
 use crate::train::schedule::Shape;
-use crate::train::{EvalStrategy, Loss};
+use crate::train::{Distance, EvalStrategy, Loss};
 
 /// Train an injected model's adapters (and head) on your data
 #[derive(clap::Args)]
@@ -33,7 +33,8 @@ pub struct Arguments {
     pub eval_strategy: EvalStrategy,
 
     /// With class ids (-100 is left out): cross-entropy, causal-lm (each token against the next one's label); with
-    /// numbers: bce-with-logits, mse, mae, huber; with rows: kl-div (soft targets), cosine-embedding
+    /// numbers: bce-with-logits, mse, mae, huber; with rows: kl-div (soft targets), cosine-embedding; of pairs, without
+    /// labels: multiple-negatives-ranking (InfoNCE: each anchor is to find its positive in the batch), triplet
     #[arg(long)]
     pub loss: Loss,
 
@@ -49,6 +50,22 @@ pub struct Arguments {
     #[arg(long)]
     pub temperature: Option<f64>,
 
+    /// What multiple-negatives-ranking multiplies the cosines by: 1/temperature of InfoNCE [default: 20]
+    #[arg(long)]
+    pub scale: Option<f64>,
+
+    /// multiple-negatives-ranking both ways: the positives are to find their anchors, too
+    #[arg(long)]
+    pub symmetric: bool,
+
+    /// By how much triplet wants the negative to be farther away than the positive [default: 1]
+    #[arg(long)]
+    pub margin: Option<f64>,
+
+    /// euclidean, manhattan or cosine, for triplet [default: euclidean]
+    #[arg(long)]
+    pub distance: Option<Distance>,
+
     /// Train only these adapters (comma-separated); other active ones stay as they are [default: all active]
     #[arg(long, value_delimiter = ',')]
     pub adapter_names: Option<Vec<String>>,
@@ -56,6 +73,14 @@ pub struct Arguments {
     /// The output to train on [default: the head, or the only output]
     #[arg(long, value_name = "NAME")]
     pub output: Option<String>,
+
+    /// Make one vector of each row's tokens before the loss: mean, cls (the first token) or none
+    #[arg(long, default_value = "none", value_parser = ["mean", "cls", "none"])]
+    pub pool: String,
+
+    /// The input that marks which tokens count, for --pool mean [default: attention_mask, where the model has it]
+    #[arg(long, value_name = "INPUT")]
+    pub pool_mask: Option<String>,
 
     /// Name of the array with the labels
     #[arg(long, value_name = "NAME", default_value = "labels")]
@@ -72,6 +97,18 @@ pub struct Arguments {
     /// Field of a .jsonl line that holds the label
     #[arg(long, default_value = "label")]
     pub label_field: String,
+
+    /// Field of a .jsonl line that holds the anchor of a pair (in files of arrays: anchor.INPUT for each input)
+    #[arg(long, default_value = "anchor")]
+    pub anchor_field: String,
+
+    /// Field of a .jsonl line that holds what belongs to the anchor (arrays: positive.INPUT)
+    #[arg(long, default_value = "positive")]
+    pub positive_field: String,
+
+    /// Field of a .jsonl line that holds what does not (arrays: negative.INPUT) [default: negative, where it is there]
+    #[arg(long)]
+    pub negative_field: Option<String>,
 
     /// Tokens of a text that are read
     #[arg(long)]

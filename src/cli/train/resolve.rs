@@ -1,10 +1,11 @@
 //! From options to what a run is asked to do.
 
 use super::arguments::Arguments;
+use crate::cli::inject::pool;
 use crate::train::data::TextOptions;
 use crate::train::optimizer::Rule;
 use crate::train::schedule::Shape;
-use crate::train::{Loss, TrainOptions};
+use crate::train::{Loss, Pooling, TrainOptions};
 use crate::{Error, Result};
 
 /// Fails where a flag was `given` that is for other choices than the one made.
@@ -20,12 +21,27 @@ impl Arguments {
         only_for(given.0 && !by_class, "label-smoothing", "--loss cross-entropy and causal-lm")?;
         only_for(given.1 && !matches!(loss, Loss::Huber { .. }), "huber-delta", "--loss huber")?;
         only_for(given.2 && !matches!(loss, Loss::KlDiv { .. }), "temperature", "--loss kl-div")?;
+        let ranks = matches!(loss, Loss::MultipleNegativesRanking { .. });
+        only_for(self.scale.is_some() && !ranks, "scale", "--loss multiple-negatives-ranking")?;
+        only_for(self.symmetric && !ranks, "symmetric", "--loss multiple-negatives-ranking")?;
+        let triplet = matches!(loss, Loss::Triplet { .. });
+        only_for(self.margin.is_some() && !triplet, "margin", "--loss triplet")?;
+        only_for(self.distance.is_some() && !triplet, "distance", "--loss triplet")?;
+        only_for(self.pool_mask.is_some() && self.pool != "mean", "pool-mask", "--pool mean")?;
         match &mut loss {
             Loss::CrossEntropy { label_smoothing: value } | Loss::CausalLm { label_smoothing: value } => {
                 *value = self.label_smoothing.unwrap_or(*value);
             }
             Loss::Huber { delta: value } => *value = self.huber_delta.unwrap_or(*value),
             Loss::KlDiv { temperature: value } => *value = self.temperature.unwrap_or(*value),
+            Loss::MultipleNegativesRanking { scale, symmetric } => {
+                *scale = self.scale.unwrap_or(*scale);
+                *symmetric = self.symmetric;
+            }
+            Loss::Triplet { margin, distance } => {
+                *margin = self.margin.unwrap_or(*margin);
+                *distance = self.distance.unwrap_or(*distance);
+            }
             _ => {}
         }
         Ok(loss)
@@ -76,11 +92,15 @@ impl Arguments {
             eval_strategy: self.eval_strategy,
             adapter_names: self.adapter_names.clone(),
             output: self.output.clone(),
+            pooling: Pooling { pool: pool(&self.pool), mask: self.pool_mask.clone() },
             labels: self.labels.clone(),
             text: TextOptions {
                 tokenizer: self.tokenizer.clone(),
                 text_field: self.text_field.clone(),
                 label_field: self.label_field.clone(),
+                anchor_field: self.anchor_field.clone(),
+                positive_field: self.positive_field.clone(),
+                negative_field: self.negative_field.clone(),
                 max_length: self.max_length,
             },
             optimizer: self.rule()?,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use super::{Column, Dataset, LabelKind, widens};
 use crate::onnx::proto::tensor_shape_proto::dimension::Value as DimValue;
-use crate::onnx::{DataType, GraphProto, Tensor, ValueInfoProto, data_type_name};
+use crate::onnx::{DataType, GraphProto, Tensor, ValueInfoProto, data_type_name, value_info};
 use crate::{Error, Result, did_you_mean};
 
 /// Labels of this value are left out of a cross-entropy (PyTorch's `ignore_index`).
@@ -44,6 +44,18 @@ impl Field {
         Self { name: info.name().into(), data_type: data_type.filter(|t| *t != DataType::Undefined), dims }
     }
 
+    /// As a graph declares it; float32 where the type is not known.
+    pub fn info(&self) -> ValueInfoProto {
+        let axis = |axis: &Axis| match axis {
+            Axis::Known(n) => n.to_string(),
+            Axis::Named(name) => name.clone(),
+            Axis::Free => String::new(),
+        };
+        let dims: Vec<String> = self.dims.iter().flatten().map(axis).collect();
+        let dims: Vec<&str> = dims.iter().map(String::as_str).collect();
+        value_info(&self.name, self.data_type.unwrap_or(DataType::Float), &dims)
+    }
+
     /// The inputs that have to be given (initializers may be listed among a graph's inputs too).
     pub fn inputs(graph: &GraphProto) -> Vec<Self> {
         let is_constant = |name: &str| graph.initializer.iter().any(|t| t.name() == name);
@@ -67,14 +79,43 @@ impl Field {
     }
 }
 
-/// What the loss wants of the labels.
-#[derive(Debug, Clone)]
-pub struct Labels<'a> {
-    /// Name of the column.
-    pub name: &'a str,
-    pub kind: LabelKind,
-    /// The output that is compared with them; for classes, its last axis is one score per class.
-    pub output: &'a Field,
+/// A column that the loss reads.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Target {
+    pub name: String,
+    pub data_type: DataType,
+    /// The shapes it may have, the usual one first; none: any.
+    pub shapes: Vec<Vec<Axis>>,
+    /// The flag that names it (for messages), where there is one.
+    pub flag: Option<&'static str>,
+}
+
+impl Target {
+    /// What `output` is compared with; for classes, its last axis is one score per class.
+    pub fn labels(name: &str, kind: LabelKind, output: &Field) -> Self {
+        let data_type = match kind {
+            LabelKind::Class => DataType::Int64,
+            LabelKind::Number => DataType::Float,
+        };
+        let mut shapes: Vec<Vec<Axis>> = output.dims.iter().cloned().collect();
+        let without_last = |dims: &Vec<Axis>| dims[..dims.len().saturating_sub(1)].to_vec();
+        match (kind, output.dims.as_ref()) {
+            (LabelKind::Class, Some(dims)) => shapes = vec![without_last(dims)],
+            // One number a row may stand without the axis of length one that the output has.
+            (LabelKind::Number, Some(dims)) if dims.len() > 1 && dims.last() == Some(&Axis::Known(1)) => {
+                shapes.push(without_last(dims));
+            }
+            _ => {}
+        }
+        Self { name: name.into(), data_type, shapes, flag: Some("--labels") }
+    }
+
+    /// As a column of this rank is: in the shape that it may have.
+    pub fn field(&self, rank: usize) -> Field {
+        let dims = self.shapes.iter().find(|dims| dims.len() == rank).or(self.shapes.first());
+        let dims = dims.cloned().unwrap_or_else(|| vec![Axis::Free; rank]);
+        Field { name: self.name.clone(), data_type: Some(self.data_type), dims: Some(dims) }
+    }
 }
 
 /// A dataset whose columns were checked against a model.
@@ -82,31 +123,46 @@ pub struct Labels<'a> {
 pub struct Feed<'a> {
     dataset: &'a Dataset,
     inputs: Vec<(&'a str, &'a Column, DataType)>,
-    labels: (&'a str, &'a Column, DataType),
+    targets: Vec<(Field, &'a Column)>,
 }
 
-/// One batch: a tensor for each of the model's inputs, by name, and the labels.
+/// One batch: a tensor for each of the model's inputs, by name, and for each column that the loss reads.
 #[derive(Debug)]
 pub struct Batch {
     pub inputs: Vec<(String, Tensor)>,
-    pub labels: Tensor,
+    pub targets: Vec<Tensor>,
+    /// How many samples it holds; each input has a row for each role of each.
+    pub samples: usize,
 }
 
 impl<'a> Feed<'a> {
     /// # Errors
-    /// An input without an array, an array without an input, a wrong type or shape, labels missing.
-    pub fn new(dataset: &'a Dataset, inputs: &'a [Field], labels: &Labels<'a>) -> Result<Self> {
+    /// An input without an array, an array without an input, a wrong type or shape, a column that the loss reads missing.
+    pub fn new(dataset: &'a Dataset, inputs: &'a [Field], targets: &[Target]) -> Result<Self> {
         let bad = |what: String| Error::data(format!("{}: {what}", dataset.path.display()));
         let arrays = || dataset.names().collect::<Vec<_>>().join(", ");
-        let Some(column) = dataset.column(labels.name) else {
-            let near = did_you_mean(labels.name, dataset.names());
-            return Err(bad(format!(
-                "no array {:?} with the labels (there are: {}); name it with --labels.{near}",
-                labels.name,
-                arrays()
-            )));
-        };
-        for name in dataset.names().filter(|n| *n != labels.name) {
+        let is_target = |name: &str| targets.iter().any(|t| t.name == name);
+        for target in targets {
+            let what = match dataset.column(&target.name) {
+                None => match target.flag {
+                    Some(flag) => format!(
+                        "no array {:?} with the labels (there are: {}); name it with {flag}",
+                        target.name,
+                        arrays()
+                    ),
+                    None => format!("no array {:?}, which the loss reads (there are: {})", target.name, arrays()),
+                },
+                Some(Column::Single(_)) => {
+                    return Err(bad(format!(
+                        "array {} is a single number; labels have one row per sample",
+                        target.name
+                    )));
+                }
+                Some(_) => continue,
+            };
+            return Err(bad(format!("{what}.{}", did_you_mean(&target.name, dataset.names()))));
+        }
+        for name in dataset.names().filter(|n| !is_target(n)) {
             if !inputs.iter().any(|i| i.name == name) {
                 let near = did_you_mean(name, inputs.iter().map(|i| i.name.as_str()));
                 let names: Vec<&str> = inputs.iter().map(|i| i.name.as_str()).collect();
@@ -116,13 +172,10 @@ impl<'a> Feed<'a> {
                 )));
             }
         }
-        if let Column::Single(_) = column {
-            return Err(bad(format!("array {} is a single number; labels have one row per sample", labels.name)));
-        }
         let mut sizes = BTreeMap::new();
         let mut bound = Vec::new();
         for input in inputs {
-            let Some(column) = dataset.column(&input.name).filter(|_| input.name != labels.name) else {
+            let Some(column) = dataset.column(&input.name).filter(|_| !is_target(&input.name)) else {
                 let near = did_you_mean(&input.name, dataset.names());
                 return Err(bad(format!(
                     "no array for the model's input {} (there are: {}).{near}",
@@ -139,31 +192,29 @@ impl<'a> Feed<'a> {
             }
             bound.push((input.name.as_str(), column, data_type));
         }
-        let data_type = match labels.kind {
-            LabelKind::Class => DataType::Int64,
-            LabelKind::Number => DataType::Float,
-        };
-        if !widens(column.data_type(), data_type) {
-            return Err(bad(wrong_type(labels.name, column.data_type(), data_type)));
+        let mut read = Vec::new();
+        for target in targets {
+            let Some((name, column)) = dataset.columns.iter().find(|(n, _)| *n == target.name) else { continue };
+            if !widens(column.data_type(), target.data_type) {
+                return Err(bad(wrong_type(name, column.data_type(), target.data_type)));
+            }
+            let field = target.field(column.row_dims().len() + 1);
+            if let Some(dims) = &field.dims {
+                check_dims(name, column, dims, &mut sizes).map_err(bad)?;
+            }
+            read.push((field, column));
         }
-        if let Some(dims) = &labels.output.dims {
-            let wanted = match labels.kind {
-                LabelKind::Class => &dims[..dims.len().saturating_sub(1)],
-                // One number a row may stand without the axis of length one that the output has.
-                LabelKind::Number
-                    if column.row_dims().len() + 2 == dims.len() && dims.last() == Some(&Axis::Known(1)) =>
-                {
-                    &dims[..dims.len() - 1]
-                }
-                LabelKind::Number => dims,
-            };
-            check_dims(labels.name, column, wanted, &mut sizes).map_err(bad)?;
-        }
-        Ok(Self { dataset, inputs: bound, labels: (labels.name, column, data_type) })
+        Ok(Self { dataset, inputs: bound, targets: read })
     }
 
+    /// Number of samples.
     pub fn rows(&self) -> usize {
         self.dataset.rows()
+    }
+
+    /// How many rows of the inputs make one sample.
+    pub fn roles(&self) -> usize {
+        self.dataset.roles()
     }
 
     /// The file it was read from.
@@ -171,18 +222,19 @@ impl<'a> Feed<'a> {
         &self.dataset.path
     }
 
-    /// Rank of the label array.
-    pub fn label_rank(&self) -> usize {
-        self.labels.1.row_dims().len() + 1
+    /// The columns that the loss reads, with the shapes they turned out to have.
+    pub fn targets(&self) -> Vec<Field> {
+        self.targets.iter().map(|(field, _)| field.clone()).collect()
     }
 
-    /// Fails unless every label is a class below `classes` or [`IGNORE`], and at least one is a class.
+    /// Fails unless every label (the first column that the loss reads) is a class below `classes` or [`IGNORE`], and at
+    /// least one is a class.
     pub fn check_classes(&self, classes: usize) -> Result<()> {
-        let (name, column, data_type) = self.labels;
+        let Some((Field { name, .. }, column)) = self.targets.first() else { return Ok(()) };
         let bad = |what: String| Error::data(format!("{}: {what}", self.dataset.path.display()));
         let mut used = false;
         for row in 0..self.rows() {
-            let labels = column.gather(&[row], data_type).map_err(bad)?;
+            let labels = column.gather(&[row], DataType::Int64).map_err(bad)?;
             for label in labels.values::<i64>().unwrap_or_default() {
                 match usize::try_from(*label) {
                     Ok(class) if class < classes => used = true,
@@ -206,18 +258,21 @@ impl<'a> Feed<'a> {
 
     /// The given rows.
     pub fn batch(&self, rows: &[usize]) -> Result<Batch> {
-        let gather = |name: &str, column: &Column, data_type| {
+        let gather = |name: &str, column: &Column, rows: &[usize], data_type: Option<DataType>| {
             column
-                .gather(rows, data_type)
+                .gather(rows, data_type.unwrap_or(column.data_type()))
                 .map_err(|what| Error::data(format!("{}: array {name}: {what}", self.dataset.path.display())))
         };
+        // One role below the other, as in the columns.
+        let stacked: Vec<usize> =
+            (0..self.roles()).flat_map(|role| rows.iter().map(move |row| role * self.rows() + row)).collect();
         let inputs = self
             .inputs
             .iter()
-            .map(|(name, column, data_type)| Ok((name.to_string(), gather(name, column, *data_type)?)))
+            .map(|(name, column, data_type)| Ok((name.to_string(), gather(name, column, &stacked, Some(*data_type))?)))
             .collect::<Result<_>>()?;
-        let (name, column, data_type) = self.labels;
-        Ok(Batch { inputs, labels: gather(name, column, data_type)? })
+        let targets = self.targets.iter().map(|(field, column)| gather(&field.name, column, rows, field.data_type));
+        Ok(Batch { inputs, targets: targets.collect::<Result<_>>()?, samples: rows.len() })
     }
 }
 

@@ -3,6 +3,7 @@
 mod arrays;
 mod batch;
 mod fit;
+mod roles;
 mod text;
 
 use std::collections::BTreeMap;
@@ -11,7 +12,8 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 
 pub use batch::Batches;
-pub use fit::{Axis, Batch, Feed, Field, IGNORE, Labels};
+pub use fit::{Axis, Batch, Feed, Field, IGNORE, Target};
+pub use roles::Roles;
 pub use text::TextOptions;
 
 use crate::onnx::{DataType, Tensor, data_type_name};
@@ -33,7 +35,9 @@ pub struct ReadOptions<'a> {
     pub inputs: &'a [Field],
     /// Name of the label column.
     pub labels: &'a str,
-    pub kind: LabelKind,
+    /// What the labels are; `None`: there are none.
+    pub kind: Option<LabelKind>,
+    pub roles: Roles,
     pub text: &'a TextOptions,
     /// Class names in order of their ids, where another file (the training data) has fixed them.
     pub label_names: Option<&'a [String]>,
@@ -44,9 +48,10 @@ pub struct ReadOptions<'a> {
 pub struct Dataset {
     /// Where it was read from (for messages).
     pub path: PathBuf,
-    /// In the file's order; all have [`Dataset::rows`] rows.
+    /// In the file's order; all have [`Dataset::rows`] rows, times [`Dataset::roles`]: those of one role below the other.
     columns: Vec<(String, Column)>,
     rows: usize,
+    roles: usize,
     /// Class names in order of their ids, where labels were given as text.
     pub label_names: Option<Vec<String>>,
 }
@@ -92,8 +97,8 @@ impl Dataset {
     /// Names the file and the array or line that cannot be used; an empty file is one of them.
     pub fn open(path: &Path, options: &ReadOptions) -> Result<Self> {
         let dataset = match extension(path).as_str() {
-            "safetensors" => Self::of_arrays(path, arrays::safetensors(path)?)?,
-            "npz" => Self::of_arrays(path, arrays::npz(path)?)?,
+            "safetensors" => roles::stack(Self::of_arrays(path, arrays::safetensors(path)?)?, options.roles)?,
+            "npz" => roles::stack(Self::of_arrays(path, arrays::npz(path)?)?, options.roles)?,
             "jsonl" => text::read(path, options)?,
             _ => {
                 return Err(Error::data(format!(
@@ -123,12 +128,17 @@ impl Dataset {
                 path.display()
             )));
         }
-        Ok(Self { path: path.into(), rows: count, columns, label_names: None })
+        Ok(Self { path: path.into(), rows: count, roles: 1, columns, label_names: None })
     }
 
     /// Number of samples.
     pub fn rows(&self) -> usize {
         self.rows
+    }
+
+    /// How many rows of each column make one sample: 1, or one for each role of a loss that compares outputs.
+    pub fn roles(&self) -> usize {
+        self.roles
     }
 
     fn column(&self, name: &str) -> Option<&Column> {

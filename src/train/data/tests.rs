@@ -16,6 +16,7 @@ struct Case {
     output: Field,
     text: TextOptions,
     kind: LabelKind,
+    roles: Roles,
 }
 
 impl Case {
@@ -26,6 +27,7 @@ impl Case {
             output: Field::of(&value_info("logits", DataType::Float, &["n", "3"])),
             text: TextOptions::default(),
             kind: LabelKind::Class,
+            roles: Roles::One,
         }
     }
 
@@ -49,13 +51,17 @@ impl Case {
     }
 
     fn open_with(&self, path: &Path, label_names: Option<&[String]>) -> Result<Dataset> {
-        let options =
-            ReadOptions { inputs: &self.inputs, labels: "labels", kind: self.kind, text: &self.text, label_names };
-        Dataset::open(path, &options)
+        let kind = (self.roles == Roles::One).then_some(self.kind);
+        let (inputs, text, roles) = (&self.inputs, &self.text, self.roles);
+        Dataset::open(path, &ReadOptions { inputs, labels: "labels", kind, roles, text, label_names })
     }
 
     fn feed<'a>(&'a self, dataset: &'a Dataset) -> Result<Feed<'a>> {
-        Feed::new(dataset, &self.inputs, &Labels { name: "labels", kind: self.kind, output: &self.output })
+        let targets = match self.roles {
+            Roles::One => vec![Target::labels("labels", self.kind, &self.output)],
+            _ => Vec::new(),
+        };
+        Feed::new(dataset, &self.inputs, &targets)
     }
 
     /// What is said about a file of arrays that does not fit.
@@ -93,7 +99,7 @@ fn rows_of_safetensors_come_out_as_asked() {
     feed.check_classes(3).unwrap();
     let batch = feed.batch(&[2, 0]).unwrap();
     assert_eq!(batch.inputs, [("x".to_string(), Tensor::new(&[2, 2], vec![4.0f32, 5.0, 0.0, 1.0]))]);
-    assert_eq!(batch.labels, Tensor::new(&[2], vec![-100i64, 0]));
+    assert_eq!(batch.targets[0], Tensor::new(&[2], vec![-100i64, 0]));
 }
 
 #[test]
@@ -122,7 +128,7 @@ fn npz_is_read_whatever_its_types_and_order() {
             ("mask".to_string(), Tensor::from(Array1::from(vec![false, true]).into_dyn())),
         ];
         assert_eq!(batch.inputs, expected);
-        assert_eq!(batch.labels, Tensor::new(&[2], vec![1i64, 2]));
+        assert_eq!(batch.targets[0], Tensor::new(&[2], vec![1i64, 2]));
     }
 }
 
@@ -225,14 +231,14 @@ fn texts_become_padded_tokens_and_label_names_ids() {
     let batch = case.feed(&dataset).unwrap().batch(&[0, 1]).unwrap();
     assert_eq!(batch.inputs[0].1, Tensor::new(&[2, 4], vec![1i64, 2, 3, 4, 1, 3, 0, 0]));
     assert_eq!(batch.inputs[1].1, Tensor::new(&[2, 4], vec![1i64, 1, 1, 1, 1, 1, 0, 0]));
-    assert_eq!(batch.labels, Tensor::new(&[2], vec![1i64, 0]));
+    assert_eq!(batch.targets[0], Tensor::new(&[2], vec![1i64, 0]));
     // The longest of the batch decides.
     assert_eq!(case.feed(&dataset).unwrap().batch(&[1, 2]).unwrap().inputs[0].1.dims(), [2, 3]);
 
     let names = dataset.label_names.clone().unwrap();
     let other = case.write("e.jsonl", b"{\"text\": \"a\", \"label\": \"sport\"}");
     let eval = case.open_with(&other, Some(&names)).unwrap();
-    assert_eq!(case.feed(&eval).unwrap().batch(&[0]).unwrap().labels, Tensor::new(&[1], vec![1i64]));
+    assert_eq!(case.feed(&eval).unwrap().batch(&[0]).unwrap().targets[0], Tensor::new(&[1], vec![1i64]));
     let strange = case.write("f.jsonl", b"{\"text\": \"a\", \"label\": \"sports\"}");
     let complaint = case.open_with(&strange, Some(&names)).unwrap_err().to_string();
     assert!(complaint.contains("f.jsonl:1") && complaint.contains("Did you mean sport?"), "{complaint}");
@@ -257,7 +263,7 @@ fn numbers_are_labels_for_mse() {
     let dataset = case
         .open(&case.write("d.jsonl", b"{\"text\": \"a\", \"label\": 0.5}\n{\"text\": \"b\", \"label\": 2}"))
         .unwrap();
-    assert_eq!(case.feed(&dataset).unwrap().batch(&[1, 0]).unwrap().labels, Tensor::new(&[2], vec![2.0f32, 0.5]));
+    assert_eq!(case.feed(&dataset).unwrap().batch(&[1, 0]).unwrap().targets[0], Tensor::new(&[2], vec![2.0f32, 0.5]));
 }
 
 #[test]
@@ -294,4 +300,61 @@ fn text_for_a_model_without_token_inputs_is_refused() {
     case.text.max_length = Some(1);
     let path = case.write("d.jsonl", b"{\"text\": \"a\", \"label\": 0}");
     assert!(case.open(&path).unwrap_err().to_string().contains("max-length is 1"));
+}
+
+#[test]
+fn arrays_of_pairs_and_triples_are_stacked_role_below_role() {
+    let mut case = Case::new(&[("x", DataType::Float, &["n", "2"])]);
+    case.roles = Roles::Pair;
+    let row = |first: f32| [first, first + 0.5].iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+    let rows = |from: f32| [row(from), row(from + 1.0), row(from + 2.0)].concat();
+    let role = |name: &'static str, from: f32| (name, Dtype::F32, [3usize, 2].as_slice(), rows(from));
+    let (anchor, positive, negative) = (role("anchor.x", 0.0), role("positive.x", 10.0), role("negative.x", 20.0));
+    let pairs = case.open(&case.safetensors(&[anchor.clone(), positive.clone()])).unwrap();
+    assert_eq!((pairs.rows(), pairs.roles()), (3, 2));
+    let batch = case.feed(&pairs).unwrap().batch(&[2, 0]).unwrap();
+    assert_eq!((batch.samples, batch.targets.len()), (2, 0));
+    assert_eq!(batch.inputs[0].1, Tensor::new(&[4, 2], vec![2f32, 2.5, 0.0, 0.5, 12.0, 12.5, 10.0, 10.5]));
+
+    let triples = case.open(&case.safetensors(&[negative.clone(), anchor.clone(), positive.clone()])).unwrap();
+    assert_eq!(triples.roles(), 3);
+    let batch = case.feed(&triples).unwrap().batch(&[1]).unwrap();
+    assert_eq!(batch.inputs[0].1, Tensor::new(&[3, 2], vec![1f32, 1.5, 11.0, 11.5, 21.0, 21.5]));
+
+    let narrow = ("positive.x", Dtype::F32, [3usize, 1].as_slice(), f32s(3));
+    let stray = ("x", Dtype::F32, [3usize, 2].as_slice(), rows(0.0));
+    let cases: [(&[_], Roles, &str); 6] = [
+        (std::slice::from_ref(&anchor), Roles::Pair, "no positive.x"),
+        (&[anchor.clone(), negative], Roles::Pair, "no positive.x"),
+        (std::slice::from_ref(&positive), Roles::Pair, "no anchor.x"),
+        (&[anchor.clone(), positive.clone(), stray], Roles::Pair, "array x is none of a role"),
+        (&[anchor.clone(), narrow], Roles::Pair, "[3, 1]"),
+        (&[anchor.clone(), positive.clone()], Roles::Triple, "wants a negative"),
+    ];
+    for (arrays, roles, word) in cases {
+        case.roles = roles;
+        let complaint = case.open(&case.safetensors(arrays)).unwrap_err().to_string();
+        assert!(complaint.contains(word) && complaint.contains("d.safetensors"), "{word}: {complaint}");
+    }
+}
+
+#[test]
+fn lines_of_pairs_and_triples_are_stacked_role_below_role() {
+    let mut case = text_case(&["n", "t"]);
+    case.roles = Roles::Pair;
+    let pairs = "{\"anchor\": \"a\", \"positive\": \"b c\"}\n{\"anchor\": \"d e\", \"positive\": \"e\"}\n";
+    let dataset = case.open(&case.write("p.jsonl", pairs.as_bytes())).unwrap();
+    assert_eq!((dataset.rows(), dataset.roles()), (2, 2));
+    let batch = case.feed(&dataset).unwrap().batch(&[1, 0]).unwrap();
+    assert_eq!(batch.inputs[0].1, Tensor::new(&[4, 3], vec![1i64, 5, 6, 1, 2, 0, 1, 6, 0, 1, 3, 4]));
+    assert_eq!(batch.inputs[1].1, Tensor::new(&[4, 3], vec![1i64, 1, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1]));
+
+    case.text.negative_field = Some("other".into());
+    let triples = "{\"anchor\": \"a\", \"positive\": \"b\", \"other\": \"c\"}\n";
+    assert_eq!(case.open(&case.write("t.jsonl", triples.as_bytes())).unwrap().roles(), 3);
+    let complaint = case.open(&case.write("p.jsonl", pairs.as_bytes())).unwrap_err().to_string();
+    assert!(complaint.contains("p.jsonl:1") && complaint.contains("--negative-field"), "{complaint}");
+    (case.roles, case.text.negative_field) = (Roles::Triple, None);
+    let complaint = case.open(&case.write("p.jsonl", pairs.as_bytes())).unwrap_err().to_string();
+    assert!(complaint.contains("p.jsonl:1") && complaint.contains("--negative-field"), "{complaint}");
 }

@@ -1,12 +1,12 @@
-//! Lines of JSON with a text and a label: tokenized as the model's inputs want it.
+//! Lines of JSON with a text and a label, or with texts to compare: tokenized as the model's inputs want it.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokenizers::{Encoding, PaddingDirection, Tokenizer, TruncationParams};
 
-use super::{Array, Axis, Column, Dataset, LabelKind, Padding, ReadOptions};
+use super::{Array, Axis, Column, Dataset, LabelKind, Padding, ReadOptions, Roles, roles};
 use crate::onnx::Tensor;
 use crate::{Error, Result, did_you_mean};
 
@@ -17,13 +17,28 @@ pub struct TextOptions {
     pub tokenizer: Option<PathBuf>,
     pub text_field: String,
     pub label_field: String,
+    /// Fields of the texts of a pair, for losses that compare outputs.
+    pub anchor_field: String,
+    pub positive_field: String,
+    /// `None`: the field `negative`, where the first line has it.
+    pub negative_field: Option<String>,
     /// Tokens kept of a text, special ones included; `None`: as the tokenizer's file says, else 512.
     pub max_length: Option<usize>,
 }
 
 impl Default for TextOptions {
     fn default() -> Self {
-        Self { tokenizer: None, text_field: "text".into(), label_field: "label".into(), max_length: None }
+        let [anchor_field, positive_field, _] = roles::NAMES.map(String::from);
+        let (text_field, label_field) = ("text".into(), "label".into());
+        Self {
+            tokenizer: None,
+            text_field,
+            label_field,
+            anchor_field,
+            positive_field,
+            negative_field: None,
+            max_length: None,
+        }
     }
 }
 
@@ -47,23 +62,55 @@ enum Label {
 
 /// Reads and tokenizes all of `path`.
 pub(super) fn read(path: &Path, options: &ReadOptions) -> Result<Dataset> {
-    let (texts, labels) = lines(path, options)?;
-    let rows = texts.len();
+    let Lines { texts, labels } = lines(path, options)?;
+    let (rows, roles) = (texts[0].len(), texts.len());
     let mut columns = Vec::new();
     if rows > 0 {
-        columns = tokenize(path, &texts, options)?;
+        columns = tokenize(path, &texts.concat(), options)?;
     }
-    let (column, label_names) = label_column(path, labels, options)?;
-    columns.push((options.labels.to_string(), column));
-    Ok(Dataset { path: path.into(), columns, rows, label_names })
+    let mut label_names = None;
+    if let Some(kind) = options.kind {
+        let (column, names) = label_column(path, labels, kind, options)?;
+        columns.push((options.labels.to_string(), column));
+        label_names = names;
+    }
+    Ok(Dataset { path: path.into(), columns, rows, roles, label_names })
 }
 
-/// Text and label of every line that is not blank, with its number.
-type Lines = (Vec<String>, Vec<(usize, Label)>);
+/// What is read of every line that is not blank.
+struct Lines {
+    /// The texts of each role; at least of one.
+    texts: Vec<Vec<String>>,
+    /// With the number of their line.
+    labels: Vec<(usize, Label)>,
+}
+
+/// The fields with the texts, and the flags that name them.
+fn text_fields<'a>(
+    options: &'a ReadOptions,
+    first: &Map<String, Value>,
+) -> Result<Vec<(&'a str, &'static str)>, String> {
+    let text = options.text;
+    if options.roles == Roles::One {
+        return Ok(vec![(&text.text_field, "--text-field")]);
+    }
+    let negatives = text.negative_field.is_some() || first.contains_key(roles::NAMES[2]);
+    let count =
+        options.roles.count(negatives).map_err(|what| format!("{what}; name its field with --negative-field"))?;
+    let negative = text.negative_field.as_deref().unwrap_or(roles::NAMES[2]);
+    let mut fields = vec![
+        (text.anchor_field.as_str(), "--anchor-field"),
+        (&text.positive_field, "--positive-field"),
+        (negative, "--negative-field"),
+    ];
+    fields.truncate(count);
+    Ok(fields)
+}
 
 fn lines(path: &Path, options: &ReadOptions) -> Result<Lines> {
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    let (mut texts, mut labels) = (Vec::new(), Vec::new());
+    let (mut texts, mut labels) = (vec![Vec::new()], Vec::new());
+    let mut fields = Vec::new();
     for (number, line) in bytes.split(|b| *b == b'\n').enumerate().map(|(i, l)| (i + 1, l)) {
         if line.iter().all(u8::is_ascii_whitespace) {
             continue;
@@ -81,34 +128,41 @@ fn lines(path: &Path, options: &ReadOptions) -> Result<Lines> {
                 bad(format!("no field {name:?} (there are: {}); name it with {flag}.{near}", there.join(", ")))
             })
         };
-        let text = field(&options.text.text_field, "--text-field")?;
-        let Value::String(text) = text else {
-            return Err(bad(format!("field {:?} is {text}, not a string", options.text.text_field)));
-        };
+        if fields.is_empty() {
+            fields = text_fields(options, &record).map_err(bad)?;
+            texts = vec![Vec::new(); fields.len()];
+        }
+        for ((name, flag), texts) in fields.iter().zip(&mut texts) {
+            match field(name, flag)? {
+                Value::String(text) => texts.push(text.clone()),
+                other => return Err(bad(format!("field {name:?} is {other}, not a string"))),
+            }
+        }
+        let Some(kind) = options.kind else { continue };
         let value = field(&options.text.label_field, "--label-field")?;
-        let label = match (value, options.kind) {
+        let label = match (value, kind) {
             (Value::String(name), LabelKind::Class) => Some(Label::Name(name.clone())),
             (Value::Number(n), LabelKind::Class) => n.as_i64().map(Label::Id),
             (Value::Number(n), LabelKind::Number) => n.as_f64().map(|v| Label::Number(v as f32)),
             _ => None,
         };
         let label = label.ok_or_else(|| {
-            let wanted = match options.kind {
+            let wanted = match kind {
                 LabelKind::Class => "a class id (an integer) or a class name (a string) for cross-entropy",
                 LabelKind::Number => "a number for mse",
             };
             bad(format!("field {:?} is {value}; the label has to be {wanted}", options.text.label_field))
         })?;
-        texts.push(text.clone());
         labels.push((number, label));
     }
-    Ok((texts, labels))
+    Ok(Lines { texts, labels })
 }
 
 /// Labels as one column. Names get the ids of their sorted order, or those that `options.label_names` fixed.
 fn label_column(
     path: &Path,
     labels: Vec<(usize, Label)>,
+    kind: LabelKind,
     options: &ReadOptions,
 ) -> Result<(Column, Option<Vec<String>>)> {
     let bad = |line: usize, what: String| Error::data(format!("{}:{line}: {what}", path.display()));
@@ -122,7 +176,7 @@ fn label_column(
         }
     });
     let rows = labels.len();
-    let tensor = match options.kind {
+    let tensor = match kind {
         LabelKind::Number => {
             Tensor::new(&[rows], labels.iter().map(|(_, l)| if let Label::Number(v) = l { *v } else { 0.0 }).collect())
         }

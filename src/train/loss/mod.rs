@@ -6,15 +6,19 @@
 mod classes;
 mod elements;
 mod nodes;
+mod pairs;
+mod pool;
 mod rows;
 
 use std::borrow::Cow;
 use std::str::FromStr;
 
-use super::data::{Axis, Field, IGNORE, LabelKind};
+use super::data::{Batch, Field, IGNORE, LabelKind, Roles, Target};
 use crate::onnx::{DataType, ModelProto, Names, Tensor, node, value_info};
 use crate::{Error, Result};
 use nodes::Nodes;
+pub use pairs::Distance;
+pub use pool::Pooling;
 
 /// What is made small. The functions named are those of `torch.nn.functional`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,10 +45,18 @@ pub enum Loss {
     /// 1 − cosine of the output and the vector that is its label, mean over all rows of the last axis
     /// (`cosine_embedding_loss` of pairs that belong together).
     CosineEmbedding,
+    /// Each anchor is to be nearer to its own positive than to all other positives of the batch, and to all negatives
+    /// where there are some: cross-entropy of the cosines times `scale`; `symmetric`: the mean of it and of the positives'
+    /// among the anchors. Mean over all anchors (`MultipleNegativesRankingLoss` of sentence-transformers; InfoNCE with a
+    /// temperature of 1/`scale`, Oord et al. 2018).
+    MultipleNegativesRanking { scale: f64, symmetric: bool },
+    /// What is missing for an anchor to be nearer to its positive than to its negative by `margin`; mean over all anchors
+    /// (`triplet_margin_loss`; `TripletLoss` of sentence-transformers).
+    Triplet { margin: f64, distance: Distance },
 }
 
-/// A [`Loss`] by its name, with PyTorch's defaults.
-const NAMES: [(&str, Loss); 8] = [
+/// A [`Loss`] by its name, with PyTorch's defaults, and sentence-transformers' for ranking.
+const NAMES: [(&str, Loss); 10] = [
     ("cross-entropy", Loss::CrossEntropy { label_smoothing: 0.0 }),
     ("causal-lm", Loss::CausalLm { label_smoothing: 0.0 }),
     ("bce-with-logits", Loss::BceWithLogits),
@@ -53,6 +65,8 @@ const NAMES: [(&str, Loss); 8] = [
     ("huber", Loss::Huber { delta: 1.0 }),
     ("kl-div", Loss::KlDiv { temperature: 1.0 }),
     ("cosine-embedding", Loss::CosineEmbedding),
+    ("multiple-negatives-ranking", Loss::MultipleNegativesRanking { scale: 20.0, symmetric: false }),
+    ("triplet", Loss::Triplet { margin: 1.0, distance: Distance::Euclidean }),
 ];
 
 impl FromStr for Loss {
@@ -73,11 +87,27 @@ impl Loss {
         Self::CrossEntropy { label_smoothing: 0.0 }
     }
 
-    pub fn label_kind(self) -> LabelKind {
+    /// What the labels are; `None` where it has none.
+    pub fn label_kind(self) -> Option<LabelKind> {
         match self {
-            Self::CrossEntropy { .. } | Self::CausalLm { .. } => LabelKind::Class,
-            _ => LabelKind::Number,
+            Self::CrossEntropy { .. } | Self::CausalLm { .. } => Some(LabelKind::Class),
+            Self::MultipleNegativesRanking { .. } | Self::Triplet { .. } => None,
+            _ => Some(LabelKind::Number),
         }
+    }
+
+    /// The parts of a sample.
+    pub fn roles(self) -> Roles {
+        match self {
+            Self::MultipleNegativesRanking { .. } => Roles::Pair,
+            Self::Triplet { .. } => Roles::Triple,
+            _ => Roles::One,
+        }
+    }
+
+    /// The columns that it reads beside `output`; the labels first, in the column `labels`.
+    pub(super) fn columns(self, labels: &str, output: &Field) -> Vec<Target> {
+        self.label_kind().iter().map(|kind| Target::labels(labels, *kind, output)).collect()
     }
 
     /// What each row of the output is held against: the labels, moved to the token before in a causal model.
@@ -91,8 +121,9 @@ impl Loss {
         Cow::Owned(Tensor::new(labels.dims(), values.chunks(*length).flat_map(next).collect()))
     }
 
-    /// How many terms the loss of a batch with these labels is the mean of.
-    pub(super) fn count(self, labels: &Tensor) -> usize {
+    /// How many terms the loss of a batch is the mean of.
+    pub(super) fn count(self, batch: &Batch) -> usize {
+        let Some(labels) = batch.targets.first() else { return batch.samples };
         match self {
             Self::CrossEntropy { .. } | Self::CausalLm { .. } => {
                 let targets = self.targets(labels);
@@ -102,6 +133,7 @@ impl Loss {
                 labels.len() / labels.dims().last().copied().unwrap_or(1).max(1)
             }
             Self::BceWithLogits | Self::Mse | Self::Mae | Self::Huber { .. } => labels.len(),
+            Self::MultipleNegativesRanking { .. } | Self::Triplet { .. } => batch.samples,
         }
     }
 }
@@ -109,43 +141,43 @@ impl Loss {
 /// Names that [`append`] added.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LossNames {
-    /// New graph input.
-    pub labels: String,
+    /// New graph inputs, one for each column that the loss reads.
+    pub targets: Vec<String>,
     /// New graph output, a scalar.
     pub loss: String,
 }
 
-/// Adds `loss` behind `output`: a graph input for the labels (of rank `label_rank`) and a scalar output.
+/// Adds `loss` behind `output`: a graph input for each column that it reads and a scalar output. The rows of `output`
+/// are those of `roles` parts of each sample, one part below the other.
 ///
 /// # Errors
 /// For classes, the last axis of `output` must have a known size; a causal model's output has an axis of tokens before
-/// it; the operator set must be 13 or newer.
-pub fn append(model: &mut ModelProto, loss: Loss, output: &Field, label_rank: usize) -> Result<LossNames> {
+/// it; one that ranks has a row for each text; the operator set must be 13 or newer.
+pub fn append(
+    model: &mut ModelProto,
+    loss: Loss,
+    output: &Field,
+    columns: &[Field],
+    roles: usize,
+) -> Result<LossNames> {
     if model.opset() < 13 {
         return Err(Error::model(format!(
             "the model uses operator set {}; training needs 13 or newer (re-export it, or convert its version)",
             model.opset()
         )));
     }
-    let mut names = Names::of(model);
+    let (mut names, opset) = (Names::of(model), model.opset());
     let graph = model.graph.get_or_insert_default();
-    let labels = names.fresh("labels");
+    let targets: Vec<String> = columns.iter().map(|column| names.fresh(&column.name)).collect();
     let scalar = names.fresh("loss");
-
-    let element = match loss.label_kind() {
-        LabelKind::Class => DataType::Int64,
-        LabelKind::Number => DataType::Float,
+    for (target, column) in targets.iter().zip(columns) {
+        // Axes that the output names are the labels' too, so that shape inference sees they are equal.
+        graph.input.push(Field { name: target.clone(), ..column.clone() }.info());
+    }
+    let (labels, label_rank) = match (targets.first(), columns.first().and_then(|c| c.dims.as_ref())) {
+        (Some(name), Some(dims)) => (name.clone(), dims.len()),
+        _ => (String::new(), 0),
     };
-    // Axes that the output names are the labels' too, so that shape inference sees they are equal.
-    let axes: Vec<String> = (0..label_rank)
-        .map(|i| match output.dims.as_ref().and_then(|d| d.get(i)) {
-            Some(Axis::Known(n)) => n.to_string(),
-            Some(Axis::Named(name)) => name.clone(),
-            _ => String::new(),
-        })
-        .collect();
-    let axes: Vec<&str> = axes.iter().map(String::as_str).collect();
-    graph.input.push(value_info(&labels, element, &axes));
 
     let mut nodes = Nodes::new(graph, &mut names, &scalar);
     // Whatever the model computes in, the loss is float32.
@@ -170,10 +202,18 @@ pub fn append(model: &mut ModelProto, loss: Loss, output: &Field, label_rank: us
             let target = if rank == Some(label_rank + 1) { nodes.unsqueeze(&labels) } else { labels.clone() };
             elements::mean(&mut nodes, loss, &scores, &target)
         }
+        Loss::MultipleNegativesRanking { scale, symmetric } => {
+            let parts = pairs::parts(&mut nodes, &scores, output, roles, opset)?;
+            pairs::ranking(&mut nodes, &parts, scale, symmetric)
+        }
+        Loss::Triplet { margin, distance } => {
+            let parts = pairs::parts(&mut nodes, &scores, output, roles, opset)?;
+            pairs::triplet(&mut nodes, &parts, margin, distance)?
+        }
     };
     graph.node.push(node("Identity", &[&value], &[&scalar]));
     graph.output.push(value_info(&scalar, DataType::Float, &[]));
-    Ok(LossNames { labels, loss: scalar })
+    Ok(LossNames { targets, loss: scalar })
 }
 
 #[cfg(test)]
@@ -198,10 +238,11 @@ mod tests {
             ..Default::default()
         };
         let output = Field::of(&value_info("labels", DataType::Float, dims));
-        let names = append(&mut model, loss, &output, labels.dims().len()).unwrap();
+        let column = loss.columns("labels", &output)[0].field(labels.dims().len());
+        let names = append(&mut model, loss, &output, &[column], 1).unwrap();
         let engine = engine::open(EngineKind::Auto, Device::Cpu).unwrap();
         let mut session = engine.load(&model, &LoadOptions { threads: Some(1), optimize: true }).unwrap();
-        let out = session.run(&[("x", &logits), (&names.labels, &labels)], &[&names.loss]).unwrap();
+        let out = session.run(&[("x", &logits), (&names.targets[0], &labels)], &[&names.loss]).unwrap();
         assert!(out[0].dims().is_empty());
         out[0].as_f64().unwrap()
     }
@@ -247,13 +288,23 @@ mod tests {
     #[test]
     fn an_old_operator_set_or_an_open_class_axis_is_refused() {
         let field = Field::of(&value_info("y", DataType::Float, &["n", "c"]));
+        let labels = [Field::of(&value_info("labels", DataType::Int64, &["n"]))];
         let mut model = ModelProto {
             opset_import: vec![OperatorSetIdProto { version: Some(17), ..Default::default() }],
             graph: Some(GraphProto::default()),
             ..Default::default()
         };
-        assert!(append(&mut model, Loss::cross_entropy(), &field, 1).unwrap_err().to_string().contains("output y"));
-        model.opset_import[0].version = Some(11);
-        assert!(append(&mut model, Loss::Mse, &field, 2).unwrap_err().to_string().contains("operator set 11"));
+        let mut refused = |loss, field: &Field, opset| {
+            model.opset_import[0].version = Some(opset);
+            append(&mut model, loss, field, &labels, 2).unwrap_err().to_string()
+        };
+        assert!(refused(Loss::cross_entropy(), &field, 17).contains("output y"));
+        assert!(refused(Loss::Mse, &field, 11).contains("operator set 11"));
+        let triplet = Loss::Triplet { margin: 1.0, distance: Distance::Cosine };
+        assert!(refused(triplet, &field, 17).contains("wants a negative"));
+        for (dims, word) in [(["n", "t", "8"].as_slice(), "--pool mean"), (&["n"], "[rows, features]")] {
+            let complaint = refused(triplet, &Field::of(&value_info("y", DataType::Float, dims)), 17);
+            assert!(complaint.contains(word) && complaint.contains("output y"), "{complaint}");
+        }
     }
 }

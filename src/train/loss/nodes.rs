@@ -52,6 +52,28 @@ impl<'a> Nodes<'a> {
         self.op("Unsqueeze", &[value, &axis])
     }
 
+    /// As many equal pieces of the first axis as `parts`.
+    pub fn split(&mut self, value: &str, parts: usize, opset: i64) -> Vec<String> {
+        let outputs: Vec<String> = (0..parts).map(|_| self.name("Split")).collect();
+        let mut node = node("Split", &[value], &outputs.iter().map(String::as_str).collect::<Vec<_>>());
+        node.attribute.push(AttributeProto::int("axis", 0));
+        if opset >= 18 {
+            node.attribute.push(AttributeProto::int("num_outputs", parts as i64));
+        }
+        self.graph.node.push(node);
+        outputs
+    }
+
+    /// Along the first axis.
+    pub fn concat(&mut self, values: &[&str]) -> String {
+        self.op_with("Concat", values, Some(AttributeProto::int("axis", 0)))
+    }
+
+    /// Of a matrix.
+    pub fn transpose(&mut self, value: &str) -> String {
+        self.op_with("Transpose", &[value], Some(AttributeProto::ints("perm", &[1, 0])))
+    }
+
     /// `value` times a number; itself for 1.
     pub fn times(&mut self, value: &str, factor: f64) -> String {
         if factor == 1.0 {
