@@ -6,6 +6,7 @@ mod doctor;
 mod guard;
 mod lent;
 mod onnxruntime;
+mod resident;
 mod signature;
 mod tract;
 
@@ -18,6 +19,7 @@ use crate::{Error, Result, did_you_mean};
 pub use discover::{Library, Places};
 pub use doctor::{Check, Doctor, doctor};
 pub use onnxruntime::OnnxRuntime;
+pub use resident::{Memory, Resident};
 pub use tract::Tract;
 
 /// Weights of this many bytes are too many for a second copy of them that is quicker to compute with.
@@ -33,6 +35,11 @@ pub trait Engine: Send + Sync {
 
     /// Prepares `model`, whose tensors are all inline (see [`crate::onnx::Model::to_inline`]).
     fn load(&self, model: &ModelProto, options: &LoadOptions) -> Result<Box<dyn Session>>;
+
+    /// Where tensors can stay between runs ([`Session::run_resident`]); `None` for an engine that has only the host's.
+    fn memory(&self) -> Option<Memory> {
+        None
+    }
 }
 
 /// How a model is prepared.
@@ -55,6 +62,14 @@ pub trait Session: Send {
     /// Runs the model on `inputs` (by name, any order) and returns the outputs named by `wanted`, in that order.
     /// Host tensors are lent, not copied, where the engine can.
     fn run(&mut self, inputs: &[(&str, &Tensor)], wanted: &[&str]) -> Result<Vec<Tensor>>;
+
+    /// [`Session::run`] on tensors of the engine's [`Memory`], which its results stay in. Each of `wanted` is named once.
+    ///
+    /// # Errors
+    /// As [`Session::run`]; an engine without such a memory.
+    fn run_resident(&mut self, _inputs: &[(&str, &Resident)], _wanted: &[&str]) -> Result<Vec<Resident>> {
+        Err(Error::config("this engine keeps no tensors on a device; use --engine onnxruntime"))
+    }
 }
 
 /// Which engine to use.

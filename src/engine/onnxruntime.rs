@@ -15,7 +15,7 @@ use prost::Message;
 use super::guard::guarded;
 use super::lent::{self, Lent};
 use super::signature::Signature;
-use super::{Device, Engine, LARGE_WEIGHTS, LoadOptions, Session, cuda, discover};
+use super::{Device, Engine, LARGE_WEIGHTS, LoadOptions, Memory, Resident, Session, cuda, discover};
 use crate::onnx::{ModelProto, Tensor};
 use crate::{Error, Result};
 
@@ -29,7 +29,7 @@ pub(super) fn error(what: impl Into<String>) -> Error {
     Error::Engine { engine: NAME, what: what.into() }
 }
 
-fn told<R>(e: ort::Error<R>) -> Error {
+pub(super) fn told<R>(e: ort::Error<R>) -> Error {
     error(e.message().trim())
 }
 
@@ -160,7 +160,11 @@ impl Engine for OnnxRuntime {
                 Device::Cpu => told(e),
                 Device::Cuda(_) => error(cuda::explain(e.message(), &self.runtime.path)),
             })?;
-        Ok(Box::new(Loaded { session, signature, _weights: weights }))
+        Ok(Box::new(Loaded { session, signature, memory: Memory(self.device), _weights: weights }))
+    }
+
+    fn memory(&self) -> Option<Memory> {
+        Some(Memory(self.device))
     }
 }
 
@@ -168,6 +172,7 @@ struct Loaded {
     // Goes before what it reads.
     session: OrtSession,
     signature: Signature,
+    memory: Memory,
     _weights: Vec<Lent>,
 }
 
@@ -205,6 +210,26 @@ impl Session for Loaded {
             })
             .collect()
     }
+
+    fn run_resident(&mut self, inputs: &[(&str, &Resident)], wanted: &[&str]) -> Result<Vec<Resident>> {
+        // A new one for each run: outputs that are bound again would be written to where they are.
+        let mut binding = self.session.create_binding().map_err(told)?;
+        for (name, value) in inputs {
+            binding.bind_input(*name, &value.0).map_err(told)?;
+        }
+        let place = self.memory.info().map_err(told)?;
+        for name in wanted {
+            binding.bind_output_to_device(*name, &place).map_err(told)?;
+        }
+        let mut outputs = guarded(|| self.session.run_binding(&binding)).map_err(error)?.map_err(told)?;
+        wanted
+            .iter()
+            .map(|name| {
+                let value = outputs.remove(name).ok_or_else(|| error(format!("output {name:?} was not computed")))?;
+                Ok(Resident(Arc::new(value)))
+            })
+            .collect()
+    }
 }
 
 macro_rules! tensors {
@@ -223,8 +248,18 @@ macro_rules! tensors {
             }
         }
 
-        /// An output as a host tensor.
-        fn take(value: &DynValue) -> Result<Tensor, String> {
+        /// The tensor as one of ONNX Runtime's that keeps its own copy of the values.
+        pub(super) fn own(tensor: &Tensor) -> ort::Result<DynValue> {
+            Ok(match tensor {
+                $(Tensor::$variant(array) =>
+                    ort::value::Tensor::from_array(array.as_standard_layout().into_owned())?.into_dyn(),)*
+                Tensor::Bool(array) =>
+                    ort::value::Tensor::from_array(array.as_standard_layout().into_owned())?.into_dyn(),
+            })
+        }
+
+        /// A value on the host as a tensor.
+        pub(super) fn take(value: &DynValue) -> Result<Tensor, String> {
             let ValueType::Tensor { ty, .. } = value.dtype() else {
                 return Err(format!("is no tensor, but {}", value.dtype()));
             };

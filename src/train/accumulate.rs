@@ -28,12 +28,9 @@ pub(super) fn gradients(
     if let [only] = micro {
         return session.run(parameters, only);
     }
-    let counts: Vec<f64> = micro.iter().map(|batch| loss.count(batch) as f64).collect();
-    let all = counts.iter().sum::<f64>().max(1.0);
     let mut mean = 0.0;
     let mut sums: Vec<Tensor> = Vec::new();
-    for (batch, count) in micro.iter().zip(counts) {
-        let share = count / all;
+    for (batch, share) in micro.iter().zip(shares(micro, loss)) {
         let (loss, gradients) = session.run(parameters, batch)?;
         mean += share * loss;
         let share = share as f32;
@@ -50,6 +47,16 @@ pub(super) fn gradients(
         }
     }
     Ok((mean, sums))
+}
+
+/// What each of `micro` counts for in their mean; a single one for all of it.
+pub(super) fn shares(micro: &[Batch], loss: Loss) -> Vec<f64> {
+    if micro.len() == 1 {
+        return vec![1.0];
+    }
+    let counts: Vec<f64> = micro.iter().map(|batch| loss.count(batch) as f64).collect();
+    let all = counts.iter().sum::<f64>().max(1.0);
+    counts.iter().map(|count| count / all).collect()
 }
 
 fn values(gradient: &mut Tensor) -> Result<&mut [f32]> {

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::fingerprint::{self, Settings};
 use super::graph::Parameter;
 use super::metrics::{self, History};
+use super::step::Learned;
 use super::{TrainOptions, Trainer, save};
 use crate::engine::Engine;
 use crate::onnx::external::map_file;
@@ -299,7 +300,8 @@ impl Trainer<'_> {
         if step == 0 || self.checkpoints.last == Some(step) {
             return Ok(());
         }
-        let (updates, moments) = self.optimizer.state();
+        self.place.fetch(&mut self.learned)?;
+        let (updates, moments) = self.learned.optimizer.state();
         let mut arrays: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
         let mut push = |kind: &str, parameter: &Parameter, values: &[f32]| {
             if !values.is_empty() {
@@ -307,12 +309,12 @@ impl Trainer<'_> {
                 arrays.push((key(kind, parameter), parameter.value.dims().to_vec(), bytes));
             }
         };
-        for (parameter, [mean, square]) in self.parameters.iter().zip(moments) {
+        for (parameter, [mean, square]) in self.learned.parameters.iter().zip(moments) {
             push("parameter", parameter, parameter.value.values().unwrap_or_default());
             push("mean", parameter, mean);
             push("square", parameter, square);
         }
-        for parameter in &self.last_good {
+        for parameter in &self.learned.last_good {
             push("last_good", parameter, parameter.value.values().unwrap_or_default());
         }
         let broken = |e| Error::model(format!("{TENSORS}: {e}"));
@@ -326,8 +328,8 @@ impl Trainer<'_> {
             epoch,
             row,
             updates,
-            runs: self.gradient.runs(),
-            loss_scale: self.gradient.loss_scale(),
+            runs: self.place.runs(),
+            loss_scale: self.place.loss_scale(),
             metrics_bytes: self.metrics.sync()?,
             tensors_crc32: 0,
             settings: self.checkpoints.settings()?.clone(),
@@ -350,10 +352,11 @@ impl Trainer<'_> {
             values.iter_mut().zip(numbers).for_each(|(value, bytes)| *value = f32::from_le_bytes(*bytes));
             Ok(())
         };
-        let (updates, moments) = self.optimizer.state_mut();
+        let Learned { parameters, last_good, optimizer } = &mut self.learned;
+        let (updates, moments) = optimizer.state_mut();
         *updates = state.updates;
-        self.last_good = self.parameters.clone();
-        let parameters = self.parameters.iter_mut().zip(&mut self.last_good);
+        last_good.clone_from(parameters);
+        let parameters = parameters.iter_mut().zip(last_good);
         for ((parameter, last_good), [mean, square]) in parameters.zip(moments) {
             for (kind, values) in [("mean", mean), ("square", square)] {
                 if !values.is_empty() {
@@ -364,7 +367,7 @@ impl Trainer<'_> {
             fill("parameter", &parameter.clone(), parameter.values_mut())?;
         }
         self.batches.go_to(state.epoch, state.row);
-        self.gradient.go_on(state.runs, state.loss_scale);
+        self.place.go_on(state.runs, state.loss_scale);
         self.steps = history.steps;
         self.evals = history.evals;
         Ok(())

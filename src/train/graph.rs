@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, HashSet};
 
 use super::data::{Batch, Field};
+use super::flat::{Flat, FlatNames, flatten};
 use super::form;
 use super::loss::{self, Loss, LossNames, Pooling};
 use crate::adapter::Injection;
 use crate::autodiff::{self, Request, Rules, Seed};
 use crate::base::Base;
-use crate::engine::{Engine, LoadOptions, Session};
+use crate::engine::{Engine, LoadOptions, Resident, Session};
 use crate::inject::place::to_f32;
 use crate::onnx::functions;
 use crate::onnx::upgrade::upgrade;
@@ -135,6 +136,26 @@ impl LossModel {
     /// # Errors
     /// Every operator on the way from the loss to a parameter that has no derivative rule, by name.
     pub fn gradient(&self, engine: &dyn Engine, options: &LoadOptions) -> Result<GradientSession> {
+        let derived = self.derive()?;
+        let session = engine.load(&derived.model, options)?;
+        Ok(self.session(session, derived.gradients, derived.scale))
+    }
+
+    /// The same over the vectors `flats` of `parameters` instead of a tensor for each, to be run on the engine's device.
+    pub(super) fn resident(
+        &self,
+        engine: &dyn Engine,
+        options: &LoadOptions,
+        flats: &[Flat],
+        parameters: &[Parameter],
+    ) -> Result<(GradientSession, FlatNames)> {
+        let mut derived = self.derive()?;
+        let names = flatten(&mut derived.model, flats, parameters, &derived.gradients)?;
+        let session = engine.load(&derived.model, options)?;
+        Ok((self.session(session, names.gradients.clone(), derived.scale), names))
+    }
+
+    fn derive(&self) -> Result<Derived> {
         let mut model = self.model.clone();
         if let Some(graph) = &mut model.graph {
             graph.output.retain(|o| o.name() == self.names.loss);
@@ -147,12 +168,15 @@ impl LossModel {
         };
         let mut gradient = autodiff::gradient_with(&model, &request, &self.rules)?;
         gradient.model.graph.iter_mut().for_each(form::lower);
-        let session = engine.load(&gradient.model, options)?;
-        let wanted = std::iter::once(self.names.loss.clone()).chain(gradient.gradients).collect();
         // The seed is the last of the inputs.
         let last = gradient.model.graph.iter().flat_map(|g| &g.input).next_back().filter(|_| seed == Seed::Input);
         let scale = last.map(|i| Scale { name: i.name().into(), value: Tensor::scalar(LARGEST_SCALE) });
-        Ok(GradientSession { session, targets: self.names.targets.clone(), wanted, scale, runs: 0 })
+        Ok(Derived { model: gradient.model, gradients: gradient.gradients, scale })
+    }
+
+    fn session(&self, session: Box<dyn Session>, gradients: Vec<String>, scale: Option<Scale>) -> GradientSession {
+        let wanted = std::iter::once(self.names.loss.clone()).chain(gradients).collect();
+        GradientSession { session, targets: self.names.targets.clone(), wanted, scale, runs: 0 }
     }
 
     /// Has every Dropout draw from its seed on what it would draw after `runs` runs: ONNX Runtime's on the CPU adds 1 to
@@ -172,6 +196,14 @@ impl LossModel {
         let wanted = [self.names.loss.clone(), self.output.clone()];
         Ok(ForwardSession { session, targets: self.names.targets.clone(), wanted })
     }
+}
+
+/// The gradient graph, and what is to be known of it.
+struct Derived {
+    model: ModelProto,
+    /// Output by parameter.
+    gradients: Vec<String>,
+    scale: Option<Scale>,
 }
 
 /// Where the scale of the loss starts.
@@ -236,6 +268,24 @@ impl GradientSession {
         if let (Some(scale), Some(value)) = (&mut self.scale, loss_scale) {
             scale.value = Tensor::scalar(value);
         }
+    }
+
+    /// The inputs for what the loss reads beside the output.
+    pub(super) fn targets(&self) -> &[String] {
+        &self.targets
+    }
+
+    /// The input for the loss scale, where the model has one.
+    pub(super) fn scale_input(&self) -> Option<&str> {
+        self.scale.as_ref().map(|s| s.name.as_str())
+    }
+
+    /// The loss, and the gradients as many times as large as the loss scale says, on the engine's device.
+    pub(super) fn run_resident(&mut self, inputs: &[(&str, &Resident)]) -> Result<(Resident, Vec<Resident>)> {
+        let wanted: Vec<&str> = self.wanted.iter().map(String::as_str).collect();
+        let mut out = self.session.run_resident(inputs, &wanted)?;
+        self.runs += 1;
+        Ok((out.remove(0), out))
     }
 
     /// The loss and, for each parameter in its order, the gradient in the parameter's shape.

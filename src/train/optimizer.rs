@@ -21,13 +21,39 @@ pub enum Rule {
 
 impl Rule {
     /// Whether it keeps a running mean of the gradients, and one of their squares.
-    fn moments(self) -> (bool, bool) {
+    pub(super) fn moments(self) -> (bool, bool) {
         match self {
             Self::AdamW { .. } | Self::Adam { .. } => (true, true),
             Self::Sgd { momentum, .. } => (momentum > 0.0, false),
             Self::Lion { .. } => (true, false),
         }
     }
+
+    /// What update number `updates` (from 1) of a group is made with, at `factor` of its learning rate.
+    pub(super) fn rates(self, group: Group, updates: i32, factor: f64) -> Rates {
+        let lr = group.lr * factor;
+        let decayed = (1.0 - lr * group.weight_decay) as f32;
+        match self {
+            Self::AdamW { betas: (beta1, beta2), .. } | Self::Adam { betas: (beta1, beta2), .. } => Rates {
+                keep: if matches!(self, Self::Adam { .. }) { 1.0 } else { decayed },
+                size: (lr / (1.0 - beta1.powi(updates))) as f32,
+                root: (1.0 - beta2.powi(updates)).sqrt() as f32,
+            },
+            Self::Sgd { .. } => Rates { keep: 1.0, size: lr as f32, root: 1.0 },
+            Self::Lion { .. } => Rates { keep: decayed, size: lr as f32, root: 1.0 },
+        }
+    }
+}
+
+/// The scalars that change from update to update, computed in f64 and rounded once.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Rates {
+    /// What decoupled weight decay leaves of a value.
+    pub keep: f32,
+    /// What the direction is multiplied by: the learning rate, with Adam's bias correction of the mean.
+    pub size: f32,
+    /// Root of Adam's bias correction of the squares.
+    pub root: f32,
 }
 
 /// How one parameter is trained.
@@ -89,30 +115,26 @@ impl Optimizer {
     pub fn step<'a>(&mut self, parameters: impl IntoIterator<Item = (&'a mut [f32], &'a [f32])>, scale: Scale) {
         self.steps = self.steps.saturating_add(1);
         for (state, (values, gradient)) in self.states.iter_mut().zip(parameters) {
-            let Group { lr, weight_decay } = state.group;
-            let lr = lr * scale.lr;
+            let weight_decay = state.group.weight_decay as f32;
+            let Rates { keep, size, root } = self.rule.rates(state.group, self.steps, scale.lr);
             let clip = scale.gradient as f32;
             match self.rule {
                 Rule::AdamW { betas: (beta1, beta2), eps } | Rule::Adam { betas: (beta1, beta2), eps } => {
-                    let (decoupled, l2) =
-                        if matches!(self.rule, Rule::Adam { .. }) { (0.0, weight_decay) } else { (weight_decay, 0.0) };
-                    let correction1 = 1.0 - beta1.powi(self.steps);
-                    let correction2 = 1.0 - beta2.powi(self.steps);
                     let step = AdamStep {
-                        keep: (1.0 - lr * decoupled) as f32,
-                        decay: l2 as f32,
+                        keep,
+                        decay: if matches!(self.rule, Rule::Adam { .. }) { weight_decay } else { 0.0 },
                         mean_rate: (1.0 - beta1) as f32,
                         square_keep: beta2 as f32,
                         square_rate: (1.0 - beta2) as f32,
-                        size: (lr / correction1) as f32,
-                        root: correction2.sqrt() as f32,
+                        size,
+                        root,
                         eps: eps as f32,
                         clip,
                     };
                     step.apply(values, gradient, &mut state.mean, &mut state.square);
                 }
                 Rule::Sgd { momentum, nesterov } => {
-                    let (lr, decay, momentum) = (lr as f32, weight_decay as f32, momentum as f32);
+                    let (lr, decay, momentum) = (size, weight_decay, momentum as f32);
                     if state.mean.is_empty() {
                         for (p, g) in values.iter_mut().zip(gradient) {
                             *p -= lr * (g * clip + decay * *p);
@@ -125,8 +147,7 @@ impl Optimizer {
                     }
                 }
                 Rule::Lion { betas: (beta1, beta2) } => {
-                    let keep = (1.0 - lr * weight_decay) as f32;
-                    let (lr, keep1, keep2) = (lr as f32, beta1 as f32, beta2 as f32);
+                    let (lr, keep1, keep2) = (size, beta1 as f32, beta2 as f32);
                     let (rate1, rate2) = ((1.0 - beta1) as f32, (1.0 - beta2) as f32);
                     for ((p, g), m) in values.iter_mut().zip(gradient).zip(&mut state.mean) {
                         let g = g * clip;

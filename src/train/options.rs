@@ -63,6 +63,8 @@ pub struct TrainOptions {
     pub warmup_ratio: f64,
     /// Gradients are clipped to this global norm.
     pub max_grad_norm: Option<f64>,
+    /// Parameters and moments stay on the engine's device, and its graph updates them; `None`: where that is not the CPU.
+    pub optimizer_on_device: Option<bool>,
     /// `None`: what the model is exported for, else 8 (transformers' default).
     pub batch_size: Option<usize>,
     /// Batches whose gradients make up one update.
@@ -107,6 +109,7 @@ impl TrainOptions {
             warmup_steps: 0,
             warmup_ratio: 0.0,
             max_grad_norm: None,
+            optimizer_on_device: None,
             batch_size: None,
             gradient_accumulation_steps: 1,
             steps: None,

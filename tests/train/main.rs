@@ -3,6 +3,7 @@
 mod accumulation;
 mod bad_input;
 mod common;
+mod device;
 mod exported;
 mod goldens;
 mod models;

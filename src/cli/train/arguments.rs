@@ -177,6 +177,10 @@ pub struct Arguments {
     #[arg(long)]
     pub max_grad_norm: Option<f64>,
 
+    /// Keep parameters and moments on the engine's device, and update them there [default: true on CUDA]
+    #[arg(long, value_name = "true|false", hide_possible_values = true)]
+    pub optimizer_on_device: Option<bool>,
+
     /// Samples per batch [default: 8, or what the model is made for]
     #[arg(long, visible_alias = "per-device-train-batch-size")]
     pub batch_size: Option<usize>,

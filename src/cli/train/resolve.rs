@@ -112,6 +112,7 @@ impl Arguments {
             warmup_steps: self.warmup_steps,
             warmup_ratio: self.warmup_ratio,
             max_grad_norm: self.max_grad_norm,
+            optimizer_on_device: self.optimizer_on_device,
             batch_size: self.batch_size,
             gradient_accumulation_steps: self.gradient_accumulation_steps,
             steps: self.steps,

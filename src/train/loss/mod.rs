@@ -5,7 +5,7 @@
 
 mod classes;
 mod elements;
-mod nodes;
+pub(super) mod nodes;
 mod pairs;
 mod pool;
 mod rows;

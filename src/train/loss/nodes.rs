@@ -2,7 +2,7 @@
 
 use crate::onnx::{AttributeProto, DataType, GraphProto, Names, Tensor, constant_i64, node};
 
-pub(super) struct Nodes<'a> {
+pub(in crate::train) struct Nodes<'a> {
     graph: &'a mut GraphProto,
     names: &'a mut Names,
     /// All names begin with it.
@@ -42,8 +42,23 @@ impl<'a> Nodes<'a> {
         name
     }
 
+    pub fn constant(&mut self, value: Tensor) -> String {
+        let name = self.name("constant");
+        self.graph.initializer.push(value.to_proto(&name));
+        name
+    }
+
+    pub fn cast(&mut self, value: &str, to: DataType) -> String {
+        self.op_with("Cast", &[value], Some(AttributeProto::int("to", to as i64)))
+    }
+
     pub fn float(&mut self, value: &str) -> String {
-        self.op_with("Cast", &[value], Some(AttributeProto::int("to", DataType::Float as i64)))
+        self.cast(value, DataType::Float)
+    }
+
+    /// Calls `value` by the name of a graph's output.
+    pub fn rename(&mut self, value: &str, name: &str) {
+        self.graph.node.push(node("Identity", &[value], &[name]));
     }
 
     /// `value` with a last axis of length one.
