@@ -137,9 +137,9 @@ pub(super) fn pick(places: &Places, device: Device) -> Result<Option<Library>> {
 }
 
 #[cfg(windows)]
-const CUDA_PROVIDER: &str = "onnxruntime_providers_cuda.dll";
+pub(super) const CUDA_PROVIDER: &str = "onnxruntime_providers_cuda.dll";
 #[cfg(not(windows))]
-const CUDA_PROVIDER: &str = "libonnxruntime_providers_cuda.so";
+pub(super) const CUDA_PROVIDER: &str = "libonnxruntime_providers_cuda.so";
 
 /// File names of the library itself, versioned or not (`libonnxruntime.so.1.31.1`), not of its providers.
 fn is_library(name: &str) -> bool {

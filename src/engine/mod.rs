@@ -3,9 +3,11 @@
 mod cuda;
 mod discover;
 mod doctor;
+mod elf;
 mod guard;
 mod lent;
 mod onnxruntime;
+mod profile;
 mod resident;
 mod signature;
 mod tract;
@@ -19,6 +21,7 @@ use crate::{Error, Result, did_you_mean};
 pub use discover::{Library, Places};
 pub use doctor::{Check, Doctor, doctor};
 pub use onnxruntime::OnnxRuntime;
+pub use profile::NodeRun;
 pub use resident::{Memory, Resident};
 pub use tract::Tract;
 
@@ -35,6 +38,19 @@ pub trait Engine: Send + Sync {
 
     /// Prepares `model`, whose tensors are all inline (see [`crate::onnx::Model::to_inline`]).
     fn load(&self, model: &ModelProto, options: &LoadOptions) -> Result<Box<dyn Session>>;
+
+    /// Runs `model` twice on `inputs` and says of the second run which node ran where, and for how long.
+    ///
+    /// # Errors
+    /// As [`Engine::load`] and [`Session::run`]; an engine that does not tell.
+    fn profile(
+        &self,
+        _model: &ModelProto,
+        _inputs: &[(&str, &Tensor)],
+        _options: &LoadOptions,
+    ) -> Result<Vec<NodeRun>> {
+        Err(Error::config(format!("{} does not tell where its nodes run; use --engine onnxruntime", self.name())))
+    }
 
     /// Where tensors can stay between runs ([`Session::run_resident`]); `None` for an engine that has only the host's.
     fn memory(&self) -> Option<Memory> {

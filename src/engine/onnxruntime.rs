@@ -15,7 +15,7 @@ use prost::Message;
 use super::guard::guarded;
 use super::lent::{self, Lent};
 use super::signature::Signature;
-use super::{Device, Engine, LARGE_WEIGHTS, LoadOptions, Memory, Resident, Session, cuda, discover};
+use super::{Device, Engine, LARGE_WEIGHTS, LoadOptions, Memory, NodeRun, Resident, Session, cuda, discover, profile};
 use crate::onnx::{ModelProto, Tensor};
 use crate::{Error, Result};
 
@@ -79,7 +79,7 @@ impl OnnxRuntime {
         let runtime = Runtime::get(library)?;
         let engine = Self { runtime, device };
         if let Device::Cuda(_) = device {
-            cuda::preload(&runtime.path);
+            cuda::prepare(&runtime.path, &runtime.version)?;
             // Only a session touches the device; a model of one node does.
             engine.load(&super::doctor::tiny_model(), &LoadOptions::default())?;
         }
@@ -135,6 +135,30 @@ impl Engine for OnnxRuntime {
     }
 
     fn load(&self, model: &ModelProto, options: &LoadOptions) -> Result<Box<dyn Session>> {
+        Ok(Box::new(self.loaded(model, self.builder(options)?)?))
+    }
+
+    fn profile(&self, model: &ModelProto, inputs: &[(&str, &Tensor)], options: &LoadOptions) -> Result<Vec<NodeRun>> {
+        let dir = tempfile::tempdir().map_err(Error::io("create", std::env::temp_dir()))?;
+        let builder = self.builder(options)?.with_profiling(dir.path().join("profile")).map_err(told)?;
+        let mut loaded = self.loaded(model, builder)?;
+        let outputs = loaded.outputs().to_vec();
+        let wanted: Vec<&str> = outputs.iter().map(String::as_str).collect();
+        // The first run allocates, and chooses algorithms.
+        for _ in 0..2 {
+            loaded.run(inputs, &wanted)?;
+        }
+        let path = PathBuf::from(loaded.session.end_profiling().map_err(told)?);
+        profile::read(&std::fs::read_to_string(&path).map_err(Error::io("read", &path))?, 2)
+    }
+
+    fn memory(&self) -> Option<Memory> {
+        Some(Memory(self.device))
+    }
+}
+
+impl OnnxRuntime {
+    fn loaded(&self, model: &ModelProto, mut builder: SessionBuilder) -> Result<Loaded> {
         let signature = Signature::of(model)?;
         let (rest, weights) = lent::split(model);
         let size = rest.encoded_len();
@@ -147,7 +171,6 @@ impl Engine for OnnxRuntime {
         }
         let encoded = rest.encode_to_vec();
         drop(rest);
-        let mut builder = self.builder(options)?;
         if weights.iter().map(|w| w.bytes.len()).sum::<usize>() >= LARGE_WEIGHTS {
             // Packed or turned at load time, the weights would be in memory once more.
             builder = builder.with_prepacking(false).map_err(told)?;
@@ -160,11 +183,7 @@ impl Engine for OnnxRuntime {
                 Device::Cpu => told(e),
                 Device::Cuda(_) => error(cuda::explain(e.message(), &self.runtime.path)),
             })?;
-        Ok(Box::new(Loaded { session, signature, memory: Memory(self.device), _weights: weights }))
-    }
-
-    fn memory(&self) -> Option<Memory> {
-        Some(Memory(self.device))
+        Ok(Loaded { session, signature, memory: Memory(self.device), _weights: weights })
     }
 }
 

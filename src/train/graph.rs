@@ -155,6 +155,12 @@ impl LossModel {
         Ok((self.session(session, names.gradients.clone(), derived.scale), names))
     }
 
+    /// The gradient graph itself, its input for the labels, and that for the loss scale with its value.
+    pub(super) fn whole_gradient(&self) -> Result<(ModelProto, String, Option<(String, Tensor)>)> {
+        let derived = self.derive()?;
+        Ok((derived.model, self.names.labels.clone(), derived.scale.map(|s| (s.name, s.value))))
+    }
+
     fn derive(&self) -> Result<Derived> {
         let mut model = self.model.clone();
         if let Some(graph) = &mut model.graph {

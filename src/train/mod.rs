@@ -21,6 +21,7 @@ mod loss;
 mod metrics;
 pub mod optimizer;
 mod options;
+mod probe;
 mod save;
 pub mod schedule;
 mod step;
@@ -33,6 +34,7 @@ use std::time::Instant;
 pub use loss::{Distance, Loss, Pooling};
 pub use metrics::{EvalReport, StepReport};
 pub use options::{EvalStrategy, TrainOptions};
+pub use probe::{Probe, probe};
 
 use crate::adapter::Injection;
 use crate::engine::{Device, Engine};
@@ -374,7 +376,7 @@ impl Trainer<'_> {
 fn place(training: &LossModel, parameters: &[Parameter], options: &TrainOptions, engine: &dyn Engine) -> Result<Place> {
     let elsewhere = engine.memory().is_some_and(|memory| memory.device() != Device::Cpu);
     if !options.optimizer_on_device.unwrap_or(elsewhere) {
-        return Ok(Place::Host { gradient: training.gradient(engine, &options.load)?, done: None });
+        return Ok(Place::Host { gradient: Box::new(training.gradient(engine, &options.load)?), done: None });
     }
     let flats = Flat::of(parameters, |p| group(options, p));
     let gradient = training.resident(engine, &options.load, &flats, parameters)?;

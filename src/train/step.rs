@@ -37,7 +37,7 @@ pub(super) struct Learned {
 /// Where the parameters, their moments and gradients are while a run goes on.
 pub(super) enum Place {
     /// In [`Learned`], which every step changes.
-    Host { gradient: GradientSession, done: Option<Outcome> },
+    Host { gradient: Box<GradientSession>, done: Option<Outcome> },
     /// On the device; [`Learned`] is what [`Place::fetch`] last made of it.
     Device(Box<OnDevice>),
 }

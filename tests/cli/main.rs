@@ -2,6 +2,7 @@
 
 mod adapters;
 mod data;
+mod device;
 mod faults;
 mod grad;
 mod quantized;

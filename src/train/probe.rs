@@ -1,0 +1,66 @@
+//! The gradient graph that a run would compute, with made-up inputs to run it on.
+
+use std::collections::BTreeMap;
+
+use super::graph::{self, Learners, LossModel};
+use super::loss::Loss;
+use super::output_field;
+use crate::adapter::Injection;
+use crate::engine::{Engine, LoadOptions};
+use crate::onnx::shape::{Dim, Shapes};
+use crate::onnx::{Model, ModelProto, Tensor};
+use crate::verify::random_inputs;
+use crate::{Error, Result};
+
+/// A gradient graph and an input for each of its names.
+pub struct Probe {
+    pub model: ModelProto,
+    pub inputs: Vec<(String, Tensor)>,
+}
+
+/// The gradient graph of the injected `model` for a squared error on `output` (`None`: the head's, or the only one), with
+/// inputs of `batch` rows of `length`.
+///
+/// # Errors
+/// A model without adapters; one whose inputs cannot be made up; operators without a derivative rule.
+pub fn probe(
+    model: &Model,
+    engine: &dyn Engine,
+    options: &LoadOptions,
+    output: Option<&str>,
+    (batch, length): (usize, usize),
+) -> Result<Probe> {
+    let injection = Injection::expect(model)?;
+    let trained = injection.active.clone();
+    let parameters = graph::parameters(model, &injection, &trained, false)?;
+    let output = output_field(model, &injection, output)?;
+    let inputs = random_inputs(model, batch, length, 1)?;
+    let dims = match inferred(model, &inputs, &output.name) {
+        Some(dims) => dims,
+        None => {
+            let mut session = engine.load(&model.to_inline()?, options)?;
+            let given: Vec<(&str, &Tensor)> = inputs.iter().map(|(name, value)| (name.as_str(), value)).collect();
+            let value = session.run(&given, &[&output.name])?.pop();
+            value.ok_or_else(|| Error::model("the model gave no output"))?.dims().to_vec()
+        }
+    };
+    let learners = Learners { injection: &injection, trained: &trained, dropout: None };
+    let loss = LossModel::new(model, learners, &parameters, Loss::Mse, &output, dims.len())?;
+    let (model, labels, scale) = loss.whole_gradient()?;
+    let len = dims.iter().product();
+    let labels = (labels, Tensor::new(&dims, vec![0f32; len]));
+    let parameters = parameters.into_iter().map(|p| (p.name, p.value));
+    let inputs = parameters.chain(inputs).chain([labels]).chain(scale).collect();
+    Ok(Probe { model, inputs })
+}
+
+/// The dimensions of `output` for these inputs, where shape inference can tell.
+fn inferred(model: &Model, inputs: &BTreeMap<String, Tensor>, output: &str) -> Option<Vec<usize>> {
+    let given = inputs.iter().map(|(name, value)| (name.clone(), value.dims().iter().map(|d| *d as i64).collect()));
+    let shapes = Shapes::infer(&model.proto, &given.collect());
+    let known = |dim: &Dim| match dim {
+        Dim::Known(n) => usize::try_from(*n).ok(),
+        _ => None,
+    };
+    shapes.dims(output)?.iter().map(known).collect()
+}
