@@ -155,10 +155,12 @@ impl LossModel {
         Ok((self.session(session, names.gradients.clone(), derived.scale), names))
     }
 
-    /// The gradient graph itself, its input for the labels, and that for the loss scale with its value.
-    pub(super) fn whole_gradient(&self) -> Result<(ModelProto, String, Option<(String, Tensor)>)> {
+    /// The gradient graph itself, with these values for what the loss reads (and the loss scale, where it has one) as
+    /// inputs by name.
+    pub(super) fn whole_gradient(&self, targets: Vec<Tensor>) -> Result<(ModelProto, Vec<(String, Tensor)>)> {
         let derived = self.derive()?;
-        Ok((derived.model, self.names.labels.clone(), derived.scale.map(|s| (s.name, s.value))))
+        let scale = derived.scale.map(|s| (s.name, s.value));
+        Ok((derived.model, self.names.targets.iter().cloned().zip(targets).chain(scale).collect()))
     }
 
     fn derive(&self) -> Result<Derived> {

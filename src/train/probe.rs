@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use super::graph::{self, Learners, LossModel};
-use super::loss::Loss;
+use super::data::{Axis, Field};
+use super::graph::{self, Learners, LossModel, Task};
+use super::loss::{Loss, Pooling};
 use super::output_field;
 use crate::adapter::Injection;
 use crate::engine::{Engine, LoadOptions};
 use crate::onnx::shape::{Dim, Shapes};
-use crate::onnx::{Model, ModelProto, Tensor};
+use crate::onnx::{DataType, Model, ModelProto, Tensor};
 use crate::verify::random_inputs;
 use crate::{Error, Result};
 
@@ -45,12 +46,18 @@ pub fn probe(
         }
     };
     let learners = Learners { injection: &injection, trained: &trained, dropout: None };
-    let loss = LossModel::new(model, learners, &parameters, Loss::Mse, &output, dims.len())?;
-    let (model, labels, scale) = loss.whole_gradient()?;
+    let labels = Field {
+        name: "labels".into(),
+        data_type: Some(DataType::Float),
+        dims: Some(dims.iter().map(|_| Axis::Free).collect()),
+    };
+    let pooling = Pooling::default();
+    let task = Task { loss: Loss::Mse, pooling: &pooling, output: &output, columns: &[labels], roles: 1 };
+    let loss = LossModel::new(model, learners, &parameters, task)?;
     let len = dims.iter().product();
-    let labels = (labels, Tensor::new(&dims, vec![0f32; len]));
+    let (model, others) = loss.whole_gradient(vec![Tensor::new(&dims, vec![0f32; len])])?;
     let parameters = parameters.into_iter().map(|p| (p.name, p.value));
-    let inputs = parameters.chain(inputs).chain([labels]).chain(scale).collect();
+    let inputs = parameters.chain(inputs).chain(others).collect();
     Ok(Probe { model, inputs })
 }
 
