@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use crate::adapter::{Folded, Injection};
+use crate::adapter::{BoneConfig, Folded, Injection, join_sizes};
 use crate::onnx::{GraphProto, Model, ModelProto, Scope};
 use crate::select::{self, Linear};
 use crate::{Error, Result};
@@ -16,6 +16,8 @@ pub struct Base<'a> {
     aside: HashSet<String>,
     /// What is known of each graph by its scope; empty for a plain model, which is its own base.
     graphs: BTreeMap<Scope, Origin>,
+    /// Sizes of modules in packed layers, as the adapters' configs give them.
+    packed_sizes: BTreeMap<String, usize>,
 }
 
 /// Where a graph of the base and its nodes are in the file.
@@ -42,7 +44,8 @@ impl<'a> Base<'a> {
         let mut graphs = BTreeMap::new();
         let Some(record) = record else {
             let aside = Folded::read(model).nodes.into_iter().collect();
-            return Ok(Self { proto: Cow::Borrowed(&model.proto), aside, graphs });
+            let packed_sizes = BTreeMap::new();
+            return Ok(Self { proto: Cow::Borrowed(&model.proto), aside, graphs, packed_sizes });
         };
         let added = Added::by(record);
         let mut proto = model.proto.clone();
@@ -55,13 +58,21 @@ impl<'a> Base<'a> {
         }
         let mut aside: HashSet<String> = Folded::read(model).nodes.into_iter().collect();
         aside.extend(record.head.iter().flat_map(|h| &h.nodes).cloned());
-        Ok(Self { proto: Cow::Owned(proto), aside, graphs })
+        Ok(Self { proto: Cow::Owned(proto), aside, graphs, packed_sizes: sizes(record) })
     }
 
     /// A base that is at hand already, of a model with the record `record`.
     pub(crate) fn within(proto: &'a ModelProto, record: &Injection) -> Self {
         let aside = record.head.iter().flat_map(|h| &h.nodes).cloned().collect();
-        Self { proto: Cow::Borrowed(proto), aside, graphs: BTreeMap::new() }
+        Self { proto: Cow::Borrowed(proto), aside, graphs: BTreeMap::new(), packed_sizes: sizes(record) }
+    }
+
+    /// Notes the sizes of packed modules that a further adapter's config gives.
+    ///
+    /// # Errors
+    /// One that is known as another.
+    pub fn know(&mut self, config: &BoneConfig) -> Result<()> {
+        join_sizes(&mut self.packed_sizes, &config.packed_sizes).map_err(Error::config)
     }
 
     /// The main graph.
@@ -80,7 +91,7 @@ impl<'a> Base<'a> {
 
     /// The base's linear layers (a head is none of them, nor are the nodes of folded adapters).
     pub fn linears(&self) -> Vec<Linear> {
-        let mut linears = select::linears_of(self.graph());
+        let mut linears = select::linears_with(self.graph(), &self.packed_sizes);
         linears.retain(|l| !self.aside.contains(&l.node_name));
         linears
     }
@@ -99,6 +110,11 @@ impl<'a> Base<'a> {
     pub fn initializer(&self, scope: &Scope, index: usize) -> usize {
         self.graphs.get(scope).and_then(|g| g.initializers.get(index)).copied().unwrap_or(index)
     }
+}
+
+/// The sizes of packed modules in all configs of `record`, whose check has found them to agree.
+fn sizes(record: &Injection) -> BTreeMap<String, usize> {
+    record.adapters.iter().flat_map(|a| a.config.packed_sizes.clone()).collect()
 }
 
 impl<'a> Added<'a> {

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use ndarray::Array2;
+use ndarray::{Array2, ArrayView2, s};
 
 use crate::adapter::{Adapter, Injection, Layout};
 use crate::base::Base;
-use crate::inject::place::{self, Site, to_f32, turned};
+use crate::fold::chain::Chained;
+use crate::inject::place::{self, Site, to_f32};
 use crate::onnx::{Model, Tensor};
 use crate::peft::lora::{self, LoraPair};
+use crate::select::Linear;
 use crate::{Error, Result};
 
 /// An adapter as LoRA pairs by module.
@@ -25,7 +27,8 @@ pub struct AsLora {
 /// best approximation of rank `rank` (`None`: r) to what it does to the base's weights.
 pub fn as_lora(model: &Model, adapter: &Adapter, rank: Option<usize>) -> Result<AsLora> {
     let record = Injection::read(model)?;
-    let base = Base::of(model, record.as_ref())?;
+    let mut base = Base::of(model, record.as_ref())?;
+    base.know(&adapter.config)?;
     let linears = base.linears();
     let site = Site { model, base: &base, linears: &linears };
     crate::inject::fit(&site, &mut adapter.clone(), false, &mut Vec::new())?;
@@ -49,8 +52,7 @@ pub fn as_lora(model: &Model, adapter: &Adapter, rank: Option<usize>) -> Result<
         let pair = match variant.block(&dims, values.view()) {
             Some(block) => lora::exact(&dims, block.view()),
             None => {
-                let stored = to_f32(model.tensor(place::source(&base, &linear.weight.source)?)?)?;
-                let stored = if linear.is_stored_out_in() { stored } else { turned(stored) };
+                let stored = base_weight(model, &base, linear)?;
                 let layout = Layout { out_in: true, alpha: linear.alpha };
                 let merger = variant.merger(&dims, layout, values.view(), false).map_err(failed)?;
                 let before = stored.values::<f32>().unwrap_or_default();
@@ -67,6 +69,24 @@ pub fn as_lora(model: &Model, adapter: &Adapter, rank: Option<usize>) -> Result<
         out.pairs.insert(module.clone(), pair);
     }
     Ok(out)
+}
+
+/// The weight of `linear` `[out, in]`, as float32; of a part of a layer, its own rows.
+fn base_weight(model: &Model, base: &Base, linear: &Linear) -> Result<Tensor> {
+    let (value, out_in) = match linear.weight.is_matrix() {
+        true => (model.tensor(place::source(base, &linear.weight.source)?)?, linear.is_stored_out_in()),
+        false => (Chained::of(model, base, linear)?.as_read()?.into(), linear.trans_b),
+    };
+    let value = to_f32(value)?;
+    let values = value.values::<f32>().unwrap_or_default();
+    let inputs = linear.in_features;
+    let outputs = values.len() / inputs.max(1);
+    let shape = if out_in { (outputs, inputs) } else { (inputs, outputs) };
+    let matrix = ArrayView2::from_shape(shape, values).map_err(|e| Error::model(e.to_string()))?;
+    let matrix = if out_in { matrix } else { matrix.reversed_axes() };
+    let first = linear.part.as_ref().map_or(0, |part| part.start);
+    let own = matrix.slice(s![first..first + linear.out_features, ..]);
+    Ok(Tensor::from(own.as_standard_layout().into_owned().into_dyn()))
 }
 
 impl AsLora {
@@ -92,7 +112,8 @@ pub fn parameters(model: Option<&Model>, adapter: &Adapter, slot: &str) -> Resul
     let adapter = Adapter { name: slot.into(), ..adapter.clone() };
     if let Some(model) = model {
         let record = Injection::read(model)?;
-        let base = Base::of(model, record.as_ref())?;
+        let mut base = Base::of(model, record.as_ref())?;
+        base.know(&adapter.config)?;
         let linears = base.linears();
         let mut names = crate::onnx::Names::of(&base.proto);
         let site = Site { model, base: &base, linears: &linears };

@@ -1,6 +1,8 @@
 //! The adapter's config, field by field that of PEFT's `BoneConfig` (0.18.1) and `MissConfig` (0.21.2), which differ
-//! only in what MiSS adds: `mini_r`, `miss_dropout` and the `"mini"` initialisation.
+//! only in what MiSS adds: `mini_r`, `miss_dropout` and the `"mini"` initialisation. One field PEFT does not have (and
+//! ignores): `packed_sizes`.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -179,6 +181,10 @@ pub struct BoneConfig {
     pub modules_to_save: Option<Vec<String>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task_type: Option<TaskType>,
+    /// How many outputs the modules in a packed layer have, by the last segments of their names, where the graph does not
+    /// say: `q_proj`, `k_proj` and `v_proj` of a `qkv_proj` whose outputs are theirs, one after another.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub packed_sizes: BTreeMap<String, usize>,
 }
 
 impl Default for BoneConfig {
@@ -196,6 +202,7 @@ impl Default for BoneConfig {
             bias: Bias::default(),
             modules_to_save: None,
             task_type: None,
+            packed_sizes: BTreeMap::new(),
         }
     }
 }
@@ -203,7 +210,7 @@ impl Default for BoneConfig {
 /// Keys of an `adapter_config.json` that say nothing to this program.
 const OTHER_KEYS: [&str; 5] = ["auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"];
 
-const KEYS: [&str; 12] = [
+const KEYS: [&str; 13] = [
     "bias",
     "exclude_modules",
     "init_weights",
@@ -212,6 +219,7 @@ const KEYS: [&str; 12] = [
     "mini_r",
     "miss_dropout",
     "modules_to_save",
+    "packed_sizes",
     "peft_type",
     "r",
     "target_modules",
@@ -274,6 +282,11 @@ impl BoneConfig {
             "task_type" => self.task_type = Some(text(key, value, TaskType::WORDS)?.parse()?),
             "target_modules" => self.target_modules = Some(modules(key, value)?),
             "exclude_modules" => self.exclude_modules = Some(modules(key, value)?),
+            "packed_sizes" => {
+                let sizes = value.as_object().ok_or_else(|| unusable(key, value, "an object of names and sizes"))?;
+                let sizes = sizes.iter().map(|(name, size)| Ok((name.clone(), whole(key, size)?)));
+                self.packed_sizes = sizes.collect::<Result<_, String>>()?;
+            }
             "modules_to_save" => self.modules_to_save = Some(names(key, value)?),
             "layers_pattern" => {
                 let patterns = names(key, value)?;
@@ -391,6 +404,7 @@ mod tests {
             "peft_type": "BONE", "r": 8, "target_modules": ["query"], "exclude_modules": ".*pooler.*",
             "init_weights": "bat", "mini_r": 2, "miss_dropout": 0.25, "layers_to_transform": 3, "layers_pattern": "layer",
             "bias": "bone_only", "modules_to_save": ["classifier"], "task_type": "SEQ_CLS", "inference_mode": true,
+            "packed_sizes": {"q_proj": 8},
         }))
         .unwrap();
         let wanted = BoneConfig {
@@ -406,6 +420,7 @@ mod tests {
             bias: Bias::Only,
             modules_to_save: Some(vec!["classifier".into()]),
             task_type: Some(TaskType::SeqCls),
+            packed_sizes: BTreeMap::from([("q_proj".into(), 8)]),
         };
         assert_eq!(config, wanted);
         assert_eq!(config.saved_modules(), ["classifier", "score"]);
@@ -424,6 +439,7 @@ mod tests {
             (json!({"r": 1.5}), "r is 1.5"),
             (json!({"task_type": "SEQ"}), "task_type is \"SEQ\"; allowed are SEQ_CLS"),
             (json!({"peft_type": "LORA"}), "peft_type is \"LORA\"; allowed are MISS, BONE"),
+            (json!({"packed_sizes": {"q_proj": "8"}}), "packed_sizes is \"8\""),
             (json!({"target_modules": 7}), "target_modules is 7"),
             (json!({"layers_to_transform": ["a"]}), "layers_to_transform is"),
             (json!([1]), "one JSON object"),

@@ -16,7 +16,7 @@ pub use config::{Bias, BoneConfig, InitWeights, PeftType, TargetModules, TaskTyp
 pub use folded::{FOLDED_KEY, Folded};
 pub use record::{
     AdapterRecord, HeadRecord, Injection, Inlined, MAX_SIZE, METADATA_KEY, Pool, Renamed, SavedRecord, TargetRecord,
-    Trainable, Written,
+    Trainable, Written, join_sizes,
 };
 pub use values::Adapter;
 pub use variant::{Dims, Layout, Merge, Variant};

@@ -1,7 +1,7 @@
 //! What an injected file says of itself: one JSON value in the model's metadata, so that every later command needs
 //! the file alone.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -200,6 +200,8 @@ impl Injection {
                     .map_err(|what| format!("module {}: {what}", target.module))?;
             }
         }
+        let mut packed = BTreeMap::new();
+        self.adapters.iter().try_for_each(|a| join_sizes(&mut packed, &a.config.packed_sizes))?;
         let saved = self.adapters.iter().flat_map(|a| &a.saved).map(|s| s.parameter.as_str());
         let blocks = self.adapters.iter().flat_map(|a| &a.targets).map(|t| t.parameter.as_str());
         once(self.adapters.iter().map(|a| a.name.as_str()), "adapter")?;
@@ -262,6 +264,22 @@ impl Injection {
             .chain(head.map(|n| Trainable { name: n.clone(), full: true }))
             .collect()
     }
+}
+
+/// Adds `more` sizes of packed modules to those that are `known`.
+///
+/// # Errors
+/// One that is known as another.
+pub fn join_sizes(known: &mut BTreeMap<String, usize>, more: &BTreeMap<String, usize>) -> Result<(), String> {
+    for (name, size) in more {
+        match known.insert(name.clone(), *size) {
+            Some(before) if before != *size => {
+                return Err(format!("packed_sizes: {name} has {size} outputs, but {before} for another adapter"));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// An error where a name comes twice.

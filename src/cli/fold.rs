@@ -57,7 +57,8 @@ pub struct Args {
     #[arg(long)]
     allow_partial: bool,
 
-    /// Keep all weights in a file of this name beside the merged model [default: where the model has them]
+    /// Keep all weights in a file of this name beside the merged model, a .safetensors one where it ends so [default: where
+    /// the model has them]
     #[arg(long, value_name = "NAME", conflicts_with = "inline")]
     external_data_location: Option<String>,
 
@@ -169,6 +170,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
             printer.say(format!("{what} {}", list(paths)));
         }
     }
+    summary.data.note.iter().for_each(|note| printer.say(note));
     Ok(())
 }
 

@@ -76,6 +76,11 @@ pub struct Args {
     #[arg(long, value_delimiter = ',')]
     layers_pattern: Option<Vec<String>>,
 
+    /// Outputs of each module in a packed layer, where the graph does not say and they follow one another:
+    /// q_proj=2048,k_proj=512,v_proj=512
+    #[arg(long, value_delimiter = ',', value_name = "NAME=N", value_parser = packed_size)]
+    packed_sizes: Option<Vec<(String, usize)>>,
+
     /// Read the options above from a PEFT adapter_config.json (flags win)
     #[arg(long)]
     config: Option<PathBuf>,
@@ -199,6 +204,9 @@ impl Args {
         }
         config.layers_to_transform = self.layers_to_transform.clone().or(config.layers_to_transform);
         config.layers_pattern = self.layers_pattern.clone().or(config.layers_pattern);
+        if let Some(sizes) = &self.packed_sizes {
+            config.packed_sizes = sizes.iter().cloned().collect();
+        }
         Ok(InjectOptions {
             adapter_name: self.adapter_name.clone(),
             config,
@@ -228,6 +236,14 @@ pub(super) fn pool(flag: &str) -> Pool {
         "none" => Pool::None,
         _ => Pool::Mean,
     }
+}
+
+/// `q_proj=2048`.
+fn packed_size(text: &str) -> Result<(String, usize), String> {
+    let parsed = text.split_once('=').and_then(|(name, size)| Some((name.trim(), size.trim().parse::<usize>().ok()?)));
+    let (name, size) =
+        parsed.filter(|(name, size)| !name.is_empty() && *size > 0).ok_or("write NAME=N, for example q_proj=2048")?;
+    Ok((name.into(), size))
 }
 
 fn read_config(path: &Path, printer: &Printer) -> Result<BoneConfig> {

@@ -48,6 +48,9 @@ struct Layer {
     /// How the weight is quantised, where it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     quantized: Option<String>,
+    /// Operators between a weight of floats and the product that convert, scale or move it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    behind: Vec<String>,
     /// Which rule found the module path, and how sure that is.
     named_by: NameRule,
     confidence: &'static str,
@@ -112,6 +115,10 @@ fn describe_layer(layers: &Layers, model: &Model, l: &Linear) -> Layer {
         out_features: l.out_features,
         dtype: data_type_name(l.data_type),
         quantized: l.quantized.as_ref().map(|q| q.describe()),
+        behind: match l.weight.is_read_as_stored() || l.quantized.is_some() {
+            true => Vec::new(),
+            false => l.weight.via.iter().map(|step| step.op.clone()).filter(|op| op != "Identity").collect(),
+        },
         named_by: l.rule,
         confidence: l.rule.confidence(),
         part_of: l.part.as_ref().map(|p| p.of.clone()),
@@ -171,7 +178,11 @@ fn print(report: &Report, p: &Printer) {
             },
             l.op.clone(),
             format!("{} → {}", l.in_features, l.out_features),
-            l.quantized.clone().unwrap_or_else(|| l.dtype.into()),
+            match (&l.quantized, l.behind.as_slice()) {
+                (Some(how), _) => how.clone(),
+                (None, []) => l.dtype.into(),
+                (None, ops) => format!("{} ({})", l.dtype, ops.join(", ")),
+            },
             l.weight.clone(),
             l.node.clone(),
             remark(l),

@@ -1,13 +1,14 @@
 //! Merged values on their way into the file: in place of what is stored, or as a weight of one's own where others read
 //! that; made a few rows at a time while they are written.
 
-use std::collections::BTreeMap;
 use std::io::Write;
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::chain::{Chained, to_bytes};
+use super::dead::Cut;
 use super::part::Partly;
 use super::values::{least_common_multiple, narrowed, transposed, widened};
 use super::{FoldOptions, Layer, Stacked};
@@ -16,7 +17,7 @@ use crate::base::Base;
 use crate::inject::place::{self, turned};
 use crate::onnx::external;
 use crate::onnx::{DataType, Due, Model, Names, NewValues, Patch, RopeError, Slot, Tensor, TensorProto};
-use crate::select::{Linear, Parameter, Source};
+use crate::select::{Linear, Parameter, Source, Values};
 use crate::{Error, Result};
 
 /// Elements that are merged at a time: they stay in the processor's cache from the map to the file.
@@ -63,14 +64,23 @@ pub(super) struct Merger<'a> {
     pub(super) options: &'a FoldOptions,
     pub(super) patch: &'a mut Patch,
     pub(super) values: NewValues,
+    /// Who reads what in the base.
+    pub(super) index: &'a Values<'a>,
+    pub(super) names: Names,
+    /// What the merged model does not read any longer.
+    pub(super) cut: Cut,
 }
 
 impl Merger<'_> {
     /// The stored weight takes the blocks.
     pub(super) fn in_place(&mut self, layer: &Layer) -> Result<()> {
         let linear = layer.calls[0];
-        let tensor = place::source(self.base, &linear.weight.source)?.clone();
-        let value = self.value(layer, linear, &tensor)?;
+        let value = if linear.weight.is_matrix() {
+            let tensor = place::source(self.base, &linear.weight.source)?;
+            self.value(layer, linear, tensor)?
+        } else {
+            self.behind_chain(layer, linear, true)?
+        };
         self.put(&linear.weight.source, value)
     }
 
@@ -91,46 +101,72 @@ impl Merger<'_> {
         Ok(())
     }
 
-    /// The module gets a weight of its own, in the layout its nodes multiply by; the stored one stays as it is.
-    pub(super) fn as_copy(&mut self, layer: &Layer, names: &mut Names) -> Result<()> {
-        let mut by_layout: BTreeMap<(bool, u32), String> = BTreeMap::new();
-        for linear in &layer.calls {
-            let key = (linear.trans_b, linear.alpha.to_bits());
-            let name = match by_layout.get(&key) {
-                Some(name) => name.clone(),
-                None => {
-                    let name = names.fresh(&format!("{}.weight.merged", layer.module));
-                    self.add_copy(layer, linear, &name)?;
-                    by_layout.insert(key, name.clone());
-                    name
-                }
-            };
-            let node = self.base.node(&linear.scope, linear.node);
-            self.patch.graph(&self.base.scope(&linear.scope)).rename_input(node, linear.matrix, &name);
+    /// The module gets a weight of its own, as its nodes read it; the stored one stays as it is.
+    pub(super) fn as_copy(&mut self, layer: &Layer) -> Result<()> {
+        for (linear, name) in self.own_weights(layer, Self::add_copy)? {
+            self.read_instead(linear, &name);
         }
         Ok(())
     }
 
+    /// A new weight for each way in which the layer's nodes read theirs, made by `add`; its name for each of the nodes.
+    pub(super) fn own_weights<'l>(
+        &mut self,
+        layer: &Layer<'l>,
+        add: impl Fn(&mut Self, &Layer, &Linear, &str) -> Result<()>,
+    ) -> Result<Vec<(&'l Linear, String)>> {
+        let mut made: Vec<(&Linear, String)> = Vec::new();
+        for linear in &layer.calls {
+            let way = |l: &Linear| {
+                let shape = l.form.shape(l.in_features, l.out_features, l.trans_b);
+                let chain = (!l.weight.is_matrix()).then(|| l.weight.chain.clone());
+                (l.trans_b, l.alpha.to_bits(), l.element, shape, chain)
+            };
+            let known = made.iter().find(|(known, _)| way(known) == way(linear));
+            let name = match known {
+                Some((_, name)) => name.clone(),
+                None => {
+                    let name = self.names.fresh(&format!("{}.weight.merged", layer.module));
+                    add(self, layer, linear, &name)?;
+                    name
+                }
+            };
+            made.push((linear, name));
+        }
+        Ok(made)
+    }
+
+    /// The node of `linear` reads the initializer `name` as its matrix.
+    pub(super) fn read_instead(&mut self, linear: &Linear, name: &str) {
+        let node = self.base.node(&linear.scope, linear.node);
+        self.patch.graph(&self.base.scope(&linear.scope)).rename_input(node, linear.matrix, name);
+        let graph = self.index.graphs.iter().position(|view| view.scope == linear.scope);
+        self.cut.inputs.extend(graph.map(|graph| (graph, linear.node, linear.matrix)));
+    }
+
     fn add_copy(&mut self, layer: &Layer, linear: &Linear, name: &str) -> Result<()> {
         let tensor = place::source(self.base, &linear.weight.source)?.clone();
+        let (inputs, outputs) = (linear.in_features, linear.out_features);
+        let dims = if linear.trans_b { [outputs, inputs] } else { [inputs, outputs] };
+        let shaped = linear.form.shape(inputs, outputs, linear.trans_b);
+        let dims = shaped.as_deref().unwrap_or(&dims);
+        if linear.data_type != linear.element || !linear.weight.is_matrix() {
+            let value = self.behind_chain(layer, linear, false)?;
+            let like = TensorProto { data_type: Some(linear.element as i32), ..tensor };
+            self.add(name, dims, &like, value);
+            return Ok(());
+        }
         let mut value = self.value(layer, linear, &tensor)?;
-        let (rows, columns) = match linear.is_stored_out_in() {
-            true => (linear.out_features, linear.in_features),
-            false => (linear.in_features, linear.out_features),
-        };
-        let dims = if linear.is_stored_out_in() == linear.trans_b {
-            [rows, columns]
-        } else {
+        if linear.is_stored_out_in() != linear.trans_b {
+            let (rows, columns) = if linear.is_stored_out_in() { (outputs, inputs) } else { (inputs, outputs) };
             let (write, size) = (value.write, value.len / (rows * columns).max(1));
             value.write = Box::new(move |out: &mut dyn Write| {
                 let mut bytes = Vec::new();
                 write(&mut bytes)?;
                 Ok(out.write_all(&transposed(&bytes, rows, columns, size))?)
             });
-            [columns, rows]
-        };
-        let shaped = linear.form.shape(linear.in_features, linear.out_features, linear.trans_b);
-        self.add(name, shaped.as_deref().unwrap_or(&dims), &tensor, value);
+        }
+        self.add(name, dims, &tensor, value);
         Ok(())
     }
 
@@ -146,7 +182,7 @@ impl Merger<'_> {
     }
 
     /// A parameter that was trained in full takes the place of the base's; `value` is float32, as torch has it.
-    pub(super) fn replace(&mut self, parameter: &Parameter, value: &Tensor, names: &mut Names) -> Result<()> {
+    pub(super) fn replace(&mut self, parameter: &Parameter, value: &Tensor) -> Result<()> {
         let tensor = place::source(self.base, &parameter.source)?.clone();
         let as_read = |transposed: bool| if transposed { turned(value.clone()) } else { value.clone() };
         let stored = as_read(if parameter.exclusive { parameter.stored_transposed } else { parameter.transposed });
@@ -179,7 +215,7 @@ impl Merger<'_> {
         if parameter.exclusive {
             return self.put(&parameter.source, value);
         }
-        let name = names.fresh(&format!("{}.merged", parameter.path));
+        let name = self.names.fresh(&format!("{}.merged", parameter.path));
         self.add(&name, &dims, &tensor, value);
         for used in &parameter.uses {
             let node = self.base.node(&used.scope, used.node);
@@ -188,9 +224,9 @@ impl Merger<'_> {
         Ok(())
     }
 
-    /// What the layer's adapters do to the weight as `linear` multiplies by it, in the order to do it.
-    pub(super) fn changes(&self, layer: &Layer, linear: &Linear) -> Result<Vec<Change>> {
-        let layout = Layout { out_in: linear.is_stored_out_in(), alpha: linear.alpha };
+    /// What the layer's adapters do to the weight of `linear`, which lies `[out, in]` or not, in the order to do it.
+    pub(super) fn changes(&self, layer: &Layer, linear: &Linear, out_in: bool) -> Result<Vec<Change>> {
+        let layout = Layout { out_in, alpha: linear.alpha };
         let mut changes = Vec::new();
         for Stacked { adapter, on } in &layer.stack {
             let dims = adapter.config.dims(on.in_features, on.out_features);
@@ -214,10 +250,10 @@ impl Merger<'_> {
         let row_len = if linear.is_stored_out_in() { linear.in_features } else { linear.out_features };
         let weight: Bytes = self.model.tensor_bytes(tensor)?;
         let len = weight.len();
-        let changes = self.changes(layer, linear)?;
+        let changes = self.changes(layer, linear, linear.is_stored_out_in())?;
         let (safe, module, data_type) = (self.options.safe, layer.module.to_string(), linear.data_type);
         let progress = self.options.progress.clone();
-        let additive = layer.stack.iter().all(|s| s.adapter.config.init_weights.variant().is_additive());
+        let additive = layer.is_additive();
         let size = match data_type {
             DataType::Double => 8,
             DataType::Float => 4,
@@ -235,22 +271,13 @@ impl Merger<'_> {
                     widened(bytes, data_type, &mut values);
                 }
                 let broken = |adapter: &str, at: usize, value: f32| {
-                    RopeError::from(Error::Check(format!(
-                        "module {module}: merging adapter {adapter} gives {value} at element {} of the weight; the \
-                         adapter seems to be broken, nothing was written",
-                        chunk * rows * row_len + at
-                    )))
+                    RopeError::from(broken(&module, adapter, chunk * rows * row_len + at, value))
                 };
                 if data_type == DataType::Double {
                     let mut doubles = vec![0f64; bytes.len() / 8];
                     bytemuck::cast_slice_mut(&mut doubles).copy_from_slice(bytes);
                     for (adapter, merger) in &mergers {
-                        // What an additive adapter adds is known without the weight; another one sees it in float32.
-                        let start: Vec<f32> = doubles.iter().map(|w| if additive { 0.0 } else { *w as f32 }).collect();
-                        values.clone_from(&start);
-                        merger.apply(&mut values, row_len, chunk * rows);
-                        let changes = values.iter().zip(&start);
-                        doubles.iter_mut().zip(changes).for_each(|(w, (v, s))| *w += f64::from(*v) - f64::from(*s));
+                        merge_doubles(merger.as_ref(), additive, &mut doubles, row_len, chunk * rows);
                         if safe && let Some(at) = doubles.iter().position(|v| !v.is_finite()) {
                             return Err(broken(adapter, at, doubles[at] as f32));
                         }
@@ -283,4 +310,61 @@ impl Merger<'_> {
         };
         Ok(Due { len, write: Box::new(write) })
     }
+
+    /// The merged weight where nodes scale or move what is stored, or convert it: as `linear` reads it, or as it is to be
+    /// `stored`. It is made in one piece when it is written.
+    fn behind_chain(&self, layer: &Layer, linear: &Linear, stored: bool) -> Result<Due> {
+        let weight = Chained::of(self.model, self.base, linear)?;
+        let changes = self.changes(layer, linear, linear.trans_b)?;
+        let row_len = if linear.trans_b { linear.in_features } else { linear.out_features };
+        let (safe, module, element) = (self.options.safe, layer.module.to_string(), linear.element);
+        let additive = layer.is_additive();
+        let progress = self.options.progress.clone();
+        let len = match stored {
+            true => weight.byte_len(),
+            false => to_bytes(&[0.0], element).len() * linear.in_features * linear.out_features,
+        };
+        let write = move |out: &mut dyn Write| -> Result<(), RopeError> {
+            progress.iter().for_each(|p| p(&module));
+            let before = weight.as_read()?;
+            let mut values: Vec<f64> = before.iter().copied().collect();
+            for change in &changes {
+                let merger = change.merger()?;
+                if element == DataType::Double {
+                    merge_doubles(merger.as_ref(), additive, &mut values, row_len, 0);
+                } else {
+                    let mut floats: Vec<f32> = values.iter().map(|v| *v as f32).collect();
+                    merger.apply(&mut floats, row_len, 0);
+                    values = floats.into_iter().map(f64::from).collect();
+                }
+                if safe && let Some(at) = values.iter().position(|v| !v.is_finite()) {
+                    return Err(broken(&module, change.adapter(), at, values[at] as f32).into());
+                }
+            }
+            let bytes = match stored {
+                true => weight.to_store(&before, values)?,
+                false => to_bytes(&values, element),
+            };
+            Ok(out.write_all(&bytes)?)
+        };
+        Ok(Due { len, write: Box::new(write) })
+    }
+}
+
+/// `merger` on a weight of float64, which it knows in float32 only: what an additive adapter adds is known without the
+/// weight, another one sees it rounded.
+fn merge_doubles(merger: &dyn Merge, additive: bool, doubles: &mut [f64], row_len: usize, first: usize) {
+    let start: Vec<f32> = doubles.iter().map(|w| if additive { 0.0 } else { *w as f32 }).collect();
+    let mut values = start.clone();
+    merger.apply(&mut values, row_len, first);
+    let changes = values.iter().zip(&start);
+    doubles.iter_mut().zip(changes).for_each(|(w, (v, s))| *w += f64::from(*v) - f64::from(*s));
+}
+
+/// What is said of a merged weight with a `value` that is not finite.
+pub(super) fn broken(module: &str, adapter: &str, at: usize, value: f32) -> Error {
+    Error::Check(format!(
+        "module {module}: merging adapter {adapter} gives {value} at element {at} of the weight; the adapter seems to be \
+         broken, nothing was written"
+    ))
 }

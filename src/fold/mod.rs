@@ -2,6 +2,7 @@
 //! it was copied from, the adapters' nodes go, and what remains is a plain ONNX model of the base's shape. Weights are
 //! made one at a time, while the file is written. The same way back: a merged model gives its adapters up again.
 
+pub(crate) mod chain;
 mod dead;
 mod grid;
 mod merge;
@@ -21,9 +22,11 @@ use crate::inject::place::Site;
 use crate::inject::{check_shared, extract, fit};
 use crate::inline;
 use crate::onnx::{Model, Names, NewValues, Patch, Store, Stored, Tensor};
-use crate::select::{self, Linear, Source};
+use crate::select::{self, Linear, Source, Values};
 use crate::unload::strip;
 use crate::{Error, Result, did_you_mean};
+use chain::Chained;
+use dead::Cut;
 use merge::Merger;
 pub use quantized::{QuantizedFold, RequantizedLayer};
 
@@ -103,6 +106,20 @@ struct Stacked<'a> {
 }
 
 impl Layer<'_> {
+    /// Whether its calls read one weight in one way, so that it can change for all of them where it is stored.
+    fn reads_one_weight(&self) -> bool {
+        let first = self.calls[0];
+        let way = |l: &Linear| (l.trans_b, l.alpha.to_bits(), l.is_stored_out_in());
+        self.calls.iter().all(|call| match call.weight.is_matrix() && first.weight.is_matrix() {
+            true => call.is_stored_out_in() == first.is_stored_out_in() && call.alpha == first.alpha,
+            false => way(call) == way(first) && call.weight.chain == first.weight.chain,
+        })
+    }
+
+    fn is_additive(&self) -> bool {
+        self.stack.iter().all(|s| s.adapter.config.init_weights.variant().is_additive())
+    }
+
     /// The modules that change: the layer, or parts of it.
     fn changed(&self) -> impl Iterator<Item = String> {
         let mut names: Vec<String> = self.stack.iter().map(|s| s.on.path.clone()).collect();
@@ -134,7 +151,8 @@ fn fold_into(model: &Model, options: &FoldOptions) -> Result<Folded> {
     };
     record.iter().try_for_each(|record| check_shared(model, record, false))?;
     let mut summary = FoldSummary::default();
-    let base = Base::of(model, record.as_ref())?;
+    let mut base = Base::of(model, record.as_ref())?;
+    options.extra.iter().try_for_each(|adapter| base.know(&adapter.config))?;
     let linears = base.linears();
     let site = Site { model, base: &base, linears: &linears };
     let adapters = chosen(&site, record.as_ref(), options, &mut summary.warnings)?;
@@ -157,28 +175,42 @@ fn fold_into(model: &Model, options: &FoldOptions) -> Result<Folded> {
     for linear in layers.iter().flat_map(|l| &l.calls) {
         *ours.entry(&linear.weight.source).or_default() += 1;
     }
-    // The adapters' own names are free again.
-    let mut names = Names::of(&base.proto);
     summary.adapters = adapters.iter().map(|a| a.name.clone()).collect();
     summary.head = record.as_ref().and_then(|r| r.head.as_ref()).map(|h| h.name.clone());
-    let mut merge = Merger { model, base: &base, options, patch: &mut patch, values: NewValues::default() };
+    let index = Values::of(base.graph());
+    let mut merge = Merger {
+        model,
+        base: &base,
+        options,
+        patch: &mut patch,
+        values: NewValues::default(),
+        index: &index,
+        // The adapters' own names are free again.
+        names: Names::of(&base.proto),
+        cut: Cut::default(),
+    };
 
     // Weights whose every reader is adapted can change in place, once: for the first module that reads them.
     let mut taken: HashSet<&Source> = HashSet::new();
     for layer in layers.iter().filter(|l| l.calls.iter().all(|c| c.quantized.is_none())) {
         let first = layer.calls[0];
         let root = &first.weight.source;
-        let alone = ours.get(root) == Some(&first.weight.uses)
-            && layer.calls.iter().all(|c| c.is_stored_out_in() == first.is_stored_out_in() && c.alpha == first.alpha);
-        if alone && taken.insert(root) {
+        let alone = ours.get(root) == Some(&first.weight.uses) && layer.reads_one_weight();
+        let lost = match alone && !first.weight.is_matrix() {
+            true => Chained::of(model, &base, first)?.obstacle(),
+            false => None,
+        };
+        summary.warnings.extend(lost.iter().map(|why| format!("{}: it gets a weight of its own: {why}", layer.module)));
+        if alone && lost.is_none() && taken.insert(root) {
             merge.in_place(layer)?;
             summary.merged.extend(layer.changed());
         } else {
-            merge.as_copy(layer, &mut names)?;
+            merge.as_copy(layer)?;
             summary.copied.extend(layer.changed());
         }
     }
-    quantized::fold(&mut merge, &quantized, &adapters, &ours, &mut names, &mut summary)?;
+    quantized::fold(&mut merge, &quantized, &adapters, &ours, &mut summary)?;
+    std::mem::take(&mut merge.cut).drop(&base, &index, merge.patch);
     if adapters.iter().any(|a| !a.saved.is_empty()) {
         let parameters = select::parameters(base.graph(), &linears);
         for (path, value) in saved(&adapters, &layers)? {
@@ -196,7 +228,7 @@ fn fold_into(model: &Model, options: &FoldOptions) -> Result<Folded> {
                 .iter()
                 .find(|p| p.path == path)
                 .ok_or_else(|| Error::model(format!("the model has no parameter {path}")))?;
-            merge.replace(parameter, value, &mut names)?;
+            merge.replace(parameter, value)?;
             summary.replaced.push(path.to_string());
         }
     }

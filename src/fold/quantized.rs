@@ -8,9 +8,8 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::dead::Cut;
 use super::grid::Grid;
-use super::merge::Merger;
+use super::merge::{Merger, broken};
 use super::values::{narrowed, transposed};
 use super::{FoldSummary, Layer};
 use crate::adapter::{Adapter, FOLDED_KEY, Folded, Injection};
@@ -63,14 +62,10 @@ pub(super) fn fold(
     layers: &[&Layer],
     adapters: &[Arc<Adapter>],
     ours: &HashMap<&Source, usize>,
-    names: &mut Names,
     summary: &mut FoldSummary,
 ) -> Result<()> {
     let mode = merge.options.quantized;
     let mut kept: BTreeSet<String> = BTreeSet::new();
-    let mut cut = Cut::default();
-    let base = merge.base;
-    let values = Values::of(base.graph());
     for layer in layers {
         let refused = match mode {
             QuantizedFold::Keep => {
@@ -79,7 +74,7 @@ pub(super) fn fold(
             }
             QuantizedFold::Requantize => obstacle(layer, ours),
             QuantizedFold::Dequantize => {
-                layer.calls.iter().find_map(|c| cannot_be_plain(c, &values, layer.module, adapters))
+                layer.calls.iter().find_map(|c| cannot_be_plain(c, merge.index, layer.module, adapters))
             }
         };
         match refused {
@@ -91,14 +86,13 @@ pub(super) fn fold(
                 summary.requantized.push(merge.requantized(layer)?);
             }
             None => {
-                merge.dequantized(layer, &values, names, &mut cut)?;
+                merge.dequantized(layer)?;
                 summary.dequantized.push(layer.module.to_string());
             }
         }
     }
-    cut.drop(base, &values, merge.patch);
     if !kept.is_empty() {
-        keep(merge, adapters, &kept, names)?;
+        keep(merge, adapters, &kept)?;
         summary.kept = kept.into_iter().collect();
     }
     Ok(())
@@ -111,8 +105,8 @@ fn obstacle(layer: &Layer, ours: &HashMap<&Source, usize>) -> Option<String> {
         return Some(why.clone());
     }
     let weight = &first.weight;
-    let same = layer.calls.iter().all(|c| c.is_stored_out_in() == first.is_stored_out_in() && c.alpha == first.alpha);
-    let alone = ours.get(&weight.source) == Some(&weight.uses) && weight.uses == layer.calls.len() && same;
+    let alone =
+        ours.get(&weight.source) == Some(&weight.uses) && weight.uses == layer.calls.len() && layer.reads_one_weight();
     (!alone).then(|| format!("its stored integers, {}, serve others as well", weight.name))
 }
 
@@ -143,7 +137,7 @@ fn cannot_be_plain(linear: &Linear, values: &Values, module: &str, adapters: &[A
 }
 
 /// Puts the adapters of the modules `kept` into the merged model as nodes and initializers, and notes which they are.
-fn keep(merge: &mut Merger, adapters: &[Arc<Adapter>], kept: &BTreeSet<String>, names: &mut Names) -> Result<()> {
+fn keep(merge: &mut Merger, adapters: &[Arc<Adapter>], kept: &BTreeSet<String>) -> Result<()> {
     let linears = merge.base.linears();
     let site = Site { model: merge.model, base: merge.base, linears: &linears };
     let mut record = Injection::default();
@@ -155,12 +149,12 @@ fn keep(merge: &mut Merger, adapters: &[Arc<Adapter>], kept: &BTreeSet<String>, 
         if part.blocks.is_empty() {
             continue;
         }
-        let (placed, tensors) = site.place(part, names)?;
+        let (placed, tensors) = site.place(part, &mut merge.names)?;
         record.active.push(placed.name.clone());
         record.adapters.push(placed);
         values.extend(tensors);
     }
-    let emission = emit(merge.base, &record, names, Form::Served)?;
+    let emission = emit(merge.base, &record, &mut merge.names, Form::Served)?;
     emission.patch(merge.base, merge.patch);
     let constants = values.iter().map(|(name, value)| value.to_proto(name)).chain(emission.constants);
     for tensor in constants {
@@ -181,18 +175,12 @@ impl Merger<'_> {
         let matrix =
             linear.quantized.as_ref().and_then(|q| q.scheme.as_ref().ok()).map(|s| s.matrix).unwrap_or_default();
         let mut values = grid.values();
-        for change in self.changes(layer, linear)? {
+        for change in self.changes(layer, linear, linear.is_stored_out_in())? {
             change.merger()?.apply(&mut values, matrix[1], 0);
             if self.options.safe
                 && let Some(at) = values.iter().position(|v| !v.is_finite())
             {
-                return Err(Error::Check(format!(
-                    "module {}: merging adapter {} gives {} at element {at} of the weight; the adapter seems to \
-                     be broken, nothing was written",
-                    layer.module,
-                    change.adapter(),
-                    values[at]
-                )));
+                return Err(broken(layer.module, change.adapter(), at, values[at]));
             }
         }
         Ok((values, matrix))
@@ -224,48 +212,22 @@ impl Merger<'_> {
         })
     }
 
-    fn dequantized(&mut self, layer: &Layer, values: &Values, names: &mut Names, cut: &mut Cut) -> Result<()> {
-        let mut made: HashMap<(bool, u32), String> = HashMap::new();
-        for linear in &layer.calls {
-            // As the product reads it: [out, in] where it turns it.
-            let key = (linear.trans_b, linear.alpha.to_bits());
-            let weight = match made.get(&key) {
-                Some(name) => name.clone(),
-                None => {
-                    let name = names.fresh(&format!("{}.weight.merged", layer.module));
-                    self.add_floats(layer, linear, &name)?;
-                    made.insert(key, name.clone());
-                    name
-                }
-            };
-            let graph = values.graphs.iter().position(|view| view.scope == linear.scope);
-            let graph = graph.ok_or_else(|| Error::model("a subgraph is gone"))?;
-            let scope = self.base.scope(&linear.scope);
+    fn dequantized(&mut self, layer: &Layer) -> Result<()> {
+        for (linear, weight) in self.own_weights(layer, Self::add_floats)? {
             if linear.reads_floats() {
-                self.patch.graph(&scope).rename_input(
-                    self.base.node(&linear.scope, linear.node),
-                    linear.matrix,
-                    &weight,
-                );
-                cut.inputs.push((graph, linear.node, linear.matrix));
+                self.read_instead(linear, &weight);
             } else {
-                self.plain_product(linear, graph, &weight, values, names, cut)?;
+                self.plain_product(linear, &weight)?;
             }
         }
         Ok(())
     }
 
     /// An ordinary product takes the place of a quantised one, where its result comes out in floating point.
-    fn plain_product(
-        &mut self,
-        linear: &Linear,
-        graph: usize,
-        weight: &str,
-        values: &Values,
-        names: &mut Names,
-        cut: &mut Cut,
-    ) -> Result<()> {
+    fn plain_product(&mut self, linear: &Linear, weight: &str) -> Result<()> {
+        let (values, names, cut) = (self.index, &mut self.names, &mut self.cut);
         let gone = || Error::model(format!("module {} is gone", linear.path));
+        let graph = values.graphs.iter().position(|view| view.scope == linear.scope).ok_or_else(gone)?;
         let exit = values.node(graph, linear.beside.exit).ok_or_else(gone)?;
         let product = values.node(graph, linear.node).ok_or_else(gone)?;
         let output = exit.output_at(0).ok_or_else(gone)?;

@@ -98,7 +98,8 @@ fn import_into(
     check_free(model, &record, &adapter.name)?;
     record.overridable |= overridable;
     record.inlined.extend_from_slice(calls);
-    let base = Base::of(model, old.as_ref())?;
+    let mut base = Base::of(model, old.as_ref())?;
+    base.know(&adapter.config)?;
     let mut summary = InjectSummary { adapter: adapter.name.clone(), ..Default::default() };
     let linears = base.linears();
     let site = Site { model, base: &base, linears: &linears };

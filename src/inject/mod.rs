@@ -131,8 +131,10 @@ fn inject_into(model: &Model, options: &InjectOptions, calls: &[Inlined]) -> Res
     let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
     let mut summary = InjectSummary { adapter: options.adapter_name.clone(), ..Default::default() };
     let mut added = Vec::new();
-    let base = Base::of(model, old.as_ref())?;
+    let mut base = Base::of(model, old.as_ref())?;
+    base.know(&config)?;
     let linears = base.linears();
+    select::check_sizes(&linears, &config.packed_sizes)?;
     if let Some(nodes) = &options.target_nodes {
         config.target_modules = Some(select::with_nodes(&linears, nodes, config.target_modules.as_ref())?);
     }

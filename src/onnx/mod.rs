@@ -14,6 +14,7 @@ mod names;
 mod patch;
 pub mod proto;
 mod rope;
+mod safetensors;
 pub mod shape;
 mod store;
 mod tensor;
@@ -33,4 +34,4 @@ pub use proto::{AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 pub use rope::{Due, Origin, Rope, RopeError};
 pub(crate) use store::sha1;
 pub use store::{Layout, NewValues, Slot, Store, Stored};
-pub use tensor::{Element, Tensor, data_type_name};
+pub use tensor::{Element, Tensor, data_type_name, proto_dims, proto_type};

@@ -11,6 +11,7 @@ use serde::Serialize;
 use sha1::{Digest, Sha1};
 
 use super::external::{Place, is_external, place};
+use super::safetensors::{self, Entry};
 use super::{
     Due, Durability, Model, Moved, NewPlace, NewTensor, Origin, Patch, Rope, Scope, TensorProto, beside, walk_graphs,
 };
@@ -61,6 +62,9 @@ pub struct Stored {
     pub removed: Vec<PathBuf>,
     /// Those that stay, because another model uses them (or may).
     pub kept: Vec<PathBuf>,
+    /// A file of another kind than the source's, and why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// External tensors of the written model start at multiples of this (ONNX `docs/ExternalData.md`).
@@ -76,13 +80,13 @@ impl Store {
     /// A data file that is not what its checksum says; names that are taken or lead out of the directory; a model too
     /// large for one file; those of making the values and of the file system. Nothing is left behind then.
     pub fn write(&self, model: &Model, patch: Patch, values: NewValues, out: &Path) -> Result<Stored> {
-        let mut work = Work { model, out, patch, files: Vec::new(), taken: HashSet::new() };
+        let mut work = Work { model, out, patch, files: Vec::new(), taken: HashSet::new(), note: None };
         match &self.layout {
             Layout::AsRead => work.as_read(values)?,
             Layout::Inline => work.inline(values)?,
             Layout::File { name, shard } => work.joined(values, name, *shard)?,
         }
-        let Work { mut patch, files, .. } = work;
+        let Work { mut patch, files, note, .. } = work;
         // Until the model takes them over, new files are nobody's.
         let mut new = Undo(Vec::new());
         for DataFile { path, rope, origins, mode, checked, location, moves, tensors } in files {
@@ -107,7 +111,7 @@ impl Store {
         }
         let before = beside::files_of(out).unwrap_or_default();
         model.write_as(model.patched(patch)?, out, self.durability)?;
-        let mut stored = Stored { written: std::mem::take(&mut new.0), ..Default::default() };
+        let mut stored = Stored { written: std::mem::take(&mut new.0), note, ..Default::default() };
         let Ok(after) = beside::files_of(out) else { return Ok(stored) };
         for (named, real) in before {
             if !after.iter().any(|(_, used)| *used == real) {
@@ -161,13 +165,14 @@ struct Work<'a> {
     files: Vec<DataFile>,
     /// Paths that files of `files` are to have.
     taken: HashSet<PathBuf>,
+    note: Option<String>,
 }
 
 impl Work<'_> {
     /// Every tensor stays where the source has it.
     fn as_read(&mut self, values: NewValues) -> Result<()> {
         let mut sources = sources(self.model)?;
-        let mut extra = Joined::new(None);
+        let mut extra = Joined::new(None, ALIGNMENT);
         let tensors: HashMap<Slot, &TensorProto> = self.model.slots().into_iter().collect();
         for (slot, due) in values.replaced {
             let tensor = tensors.get(&slot).ok_or_else(|| Error::model("a tensor to be changed is not there"))?;
@@ -181,17 +186,18 @@ impl Work<'_> {
             match place.range(file.origin.bytes.len()).filter(|r| r.len() == due.len && file.is_alone(r)) {
                 Some(range) => drop(file.changes.insert(range.start, due)),
                 // Others read these bytes as well.
-                None => extra.push(To::Slot(slot), due.into()),
+                None => extra.push(To::Slot(slot), tensor, due.into()),
             }
         }
         for (header, due, external) in values.added {
             match external {
-                true => extra.push(To::New(header.into()), due.into()),
+                true => extra.push(To::New(header.clone().into()), &header, due.into()),
                 false => add(&mut self.patch, header, Some(due)),
             }
         }
         let checked = sources.iter().any(|s| s.checksum.is_some());
         let only = sources.len() == 1;
+        let fixed = sources.iter().flat_map(|s| &s.locations).find(|l| is_safetensors(l)).cloned();
         sources.into_iter().try_for_each(|source| self.source_file(source, only))?;
         if extra.files.is_empty() {
             return Ok(());
@@ -199,6 +205,14 @@ impl Work<'_> {
         // The first name wanted is a source's; here there is none.
         let names = beside::names("", self.out, true).skip(1);
         let named = beside::free(beside::directory(self.out), names, &mut self.taken)?;
+        self.note = fixed.map(|fixed| {
+            let count = extra.files.iter().map(|(_, tensors)| tensors.len()).sum::<usize>();
+            format!(
+                "{count} new tensors are in {}: {fixed} has no place for others than its own; \
+                 --external-data-location NAME.safetensors writes all into a new file of that kind",
+                named.0
+            )
+        });
         self.lay(extra, vec![named], checked)
     }
 
@@ -249,13 +263,16 @@ impl Work<'_> {
 
     /// Every tensor that is not small goes to files of one name.
     fn joined(&mut self, mut values: NewValues, name: &str, shard: Option<u64>) -> Result<()> {
-        if name.ends_with(".safetensors") {
-            return Err(Error::config(format!(
-                "{name}: a .safetensors file has a header of its own, which is not written here; choose another ending"
-            )));
+        // Its tensors follow one another without a gap, those of large elements first, so that all are aligned.
+        let packed = is_safetensors(name);
+        let shard = shard.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
+        let mut joined = Joined::new(shard, if packed { 1 } else { ALIGNMENT });
+        let mut slots = self.model.slots();
+        if packed {
+            slots.sort_by_key(|(_, tensor)| std::cmp::Reverse(safetensors::element_size(tensor.data_type())));
+            values.added.sort_by_key(|(header, ..)| std::cmp::Reverse(safetensors::element_size(header.data_type())));
         }
-        let mut joined = Joined::new(shard.map(|n| usize::try_from(n).unwrap_or(usize::MAX)));
-        for (slot, tensor) in self.model.slots() {
+        for (slot, tensor) in slots {
             let external = is_external(tensor);
             let stays = !external && (tensor.raw_data.is_none() || matches!(slot, Slot::Attribute { .. }));
             let value: Rope = match values.replaced.remove(&slot) {
@@ -269,12 +286,14 @@ impl Work<'_> {
                 None => self.model.tensor_bytes(tensor)?.into(),
             };
             if value.len() >= WORTH_A_FILE {
-                joined.push(To::Slot(slot), value);
+                joined.push(To::Slot(slot), tensor, value);
             } else if external {
                 put(&mut self.patch, slot, NewPlace::Inline(value));
             }
         }
-        values.added.into_iter().for_each(|(header, value, _)| joined.push(To::New(header.into()), value.into()));
+        for (header, value, _) in values.added {
+            joined.push(To::New(header.clone().into()), &header, value.into());
+        }
         let checked = sources(self.model)?.iter().any(|s| s.checksum.is_some());
         let dir = beside::directory(self.out);
         let mut named = Vec::new();
@@ -296,8 +315,18 @@ impl Work<'_> {
     fn lay(&mut self, joined: Joined, named: Vec<(String, PathBuf)>, checked: bool) -> Result<()> {
         let mut origins: Vec<Origin> = sources(self.model)?.into_iter().map(|s| s.origin).collect();
         origins.extend(self.model.origin().cloned());
-        for ((rope, tensors), (location, path)) in joined.files.into_iter().zip(named) {
+        for ((mut rope, mut tensors), (location, path)) in joined.files.into_iter().zip(named) {
             let origins = origins.clone();
+            if is_safetensors(&location) {
+                let entries: Vec<Entry> =
+                    tensors.iter().map(|(_, range, tensor)| Entry::of(tensor, range.clone())).collect();
+                let head = safetensors::head(&entries);
+                tensors.iter_mut().for_each(|(_, range, _)| *range = range.start + head.len()..range.end + head.len());
+                let mut whole = Rope::from(bytes::Bytes::from(head));
+                whole.append(rope);
+                rope = whole;
+            }
+            let tensors = tensors.into_iter().map(|(to, range, _)| (to, range)).collect();
             self.files.push(DataFile {
                 location,
                 path,
@@ -337,32 +366,41 @@ fn add(patch: &mut Patch, header: TensorProto, value: Option<Due>) {
     patch.graph(&Scope::new()).add_initializers.push(NewTensor { header, value });
 }
 
+/// A value in such a file: where it goes, its bytes there, and name, type and shape of the tensor.
+type Value = (To, Range<usize>, TensorProto);
+
 /// Values one after another, in files that have room for `shard` bytes each (for one value in any case).
 struct Joined {
     shard: Option<usize>,
-    files: Vec<(Rope, Tensors)>,
+    alignment: usize,
+    /// Each with what stands in it.
+    files: Vec<(Rope, Vec<Value>)>,
 }
 
 impl Joined {
-    fn new(shard: Option<usize>) -> Self {
-        Self { shard, files: Vec::new() }
+    fn new(shard: Option<usize>, alignment: usize) -> Self {
+        Self { shard, alignment, files: Vec::new() }
     }
 
-    fn push(&mut self, to: To, value: Rope) {
+    /// Adds the value of `tensor`, whose own value is not looked at.
+    fn push(&mut self, to: To, tensor: &TensorProto, value: Rope) {
+        let aligned = |offset: usize| offset.next_multiple_of(self.alignment);
         let full = |rope: &Rope| self.shard.is_some_and(|shard| aligned(rope.len()) + value.len() > shard);
         if self.files.last().is_none_or(|(rope, _)| full(rope)) {
             self.files.push((Rope::default(), Vec::new()));
         }
         if let Some((rope, tensors)) = self.files.last_mut() {
             rope.push(vec![0; aligned(rope.len()) - rope.len()]);
-            tensors.push((to, rope.len()..rope.len() + value.len()));
+            let (name, dims, data_type) = (tensor.name.clone(), tensor.dims.clone(), tensor.data_type);
+            let header = TensorProto { name, dims, data_type, ..Default::default() };
+            tensors.push((to, rope.len()..rope.len() + value.len(), header));
             rope.append(value);
         }
     }
 }
 
-fn aligned(offset: usize) -> usize {
-    offset.next_multiple_of(ALIGNMENT)
+fn is_safetensors(name: &str) -> bool {
+    name.ends_with(".safetensors")
 }
 
 /// `name` for an only file, else `<stem>-00001-of-00003.<ending>` and so on, as others name shards.

@@ -77,6 +77,9 @@ pub(super) fn bone<'a>(
             ("peft_version", json!(MISS_VERSION)),
         ]);
     }
+    if !config.packed_sizes.is_empty() {
+        keys.insert("packed_sizes", json!(config.packed_sizes));
+    }
     keys
 }
 

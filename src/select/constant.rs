@@ -1,9 +1,10 @@
 //! From a value back to the constant it is made of, through the few operators that exporters and quantizers put
 //! between a stored matrix and the product.
 
+use super::chain::{Chain, Link, turned};
+use super::linears::FLOATS;
 use super::values::{Definition, Reader, ValueId, Values};
-use crate::onnx::proto::tensor_proto::DataType;
-use crate::onnx::{NodeProto, Scope, TensorProto};
+use crate::onnx::{DataType, NodeProto, Scope, TensorProto};
 
 /// Where the stored matrix stands.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -29,14 +30,27 @@ pub struct Constant<'a> {
     pub tensor: &'a TensorProto,
     /// From the root on.
     pub via: Vec<Step>,
-    /// Net effect of the `Transpose`s.
+    /// What they do to it, in that order.
+    pub chain: Chain,
+    /// Net effect of the `Transpose`s on a matrix; false where its elements are moved in another way.
     pub transposed: bool,
+    /// True where the elements lie in another order than row after row, or column after column, of what is stored.
+    pub moved: bool,
     /// Shape at the end of the chain.
     pub dims: Vec<usize>,
+    /// Element type there.
+    pub element: DataType,
     /// True where the stored tensor has another shape; its elements lie in the same order.
     pub reshaped: bool,
-    /// Why the stored tensor is not what arrives at the end, transpositions and shapes apart.
+    /// What is done to the stored tensor that no [`Link`] says.
     pub changed: Option<&'static str>,
+}
+
+impl Constant<'_> {
+    /// Whether its elements are those that are stored, in rows or in columns.
+    pub fn is_as_stored(&self) -> bool {
+        self.changed.is_none() && !self.moved && self.chain.iter().all(Link::moves)
+    }
 }
 
 /// Nodes looked at for one value; real chains have at most four. It also ends cycles, which only a broken model has.
@@ -59,8 +73,11 @@ fn trace_within<'a>(values: &Values<'a>, graph: usize, name: &'a str, budget: &m
             source,
             tensor,
             via: Vec::new(),
+            chain: Chain::new(),
             transposed: false,
+            moved: false,
             dims,
+            element: DataType::try_from(tensor.data_type()).unwrap_or(DataType::Undefined),
             reshaped: false,
             changed: None,
         })
@@ -88,55 +105,90 @@ fn trace_within<'a>(values: &Values<'a>, graph: usize, name: &'a str, budget: &m
 
 /// The constant that comes out of `node`, when one goes in and the operator is looked through.
 fn pass<'a>(values: &Values<'a>, graph: usize, node: &'a NodeProto, budget: &mut usize) -> Option<Constant<'a>> {
-    if node.is("Mul") {
-        // Weight times scale, on either side; the larger one is the weight and must keep its shape.
+    if SCALERS.contains(&node.op_type()) && node.is(node.op_type()) {
         let a = trace_within(values, graph, node.input_at(0)?, budget)?;
         let b = trace_within(values, graph, node.input_at(1)?, budget)?;
-        let elements = |c: &Constant| c.dims.iter().fold(1usize, |n, d| n.saturating_mul(*d));
-        let (weight, scale) = if elements(&a) >= elements(&b) { (a, b) } else { (b, a) };
-        let fits = scale.dims.len() <= weight.dims.len()
-            && scale.dims.iter().rev().zip(weight.dims.iter().rev()).all(|(s, w)| s == w || *s == 1);
-        return fits.then_some(Constant { changed: Some("is scaled by a Mul"), ..weight });
-    }
-    if node.is("Sub") {
-        // Integers, converted, less their zero point.
-        let weight = trace_within(values, graph, node.input_at(0)?, budget)?;
-        let zero = trace_within(values, graph, node.input_at(1)?, budget)?;
-        let fits = zero.dims.len() <= weight.dims.len()
-            && zero.dims.iter().rev().zip(weight.dims.iter().rev()).all(|(z, w)| z == w || *z == 1);
-        return fits.then_some(Constant { changed: Some("is shifted by a Sub"), ..weight });
+        // Times a scale on either side, divided by one, or integers less their zero point. The larger one is the weight,
+        // and must keep its shape.
+        let (mut weight, by) = if node.is("Mul") && a.elements() < b.elements() { (b, a) } else { (a, b) };
+        let fits = by.dims.len() <= weight.dims.len()
+            && by.dims.iter().rev().zip(weight.dims.iter().rev()).all(|(s, w)| s == w || *s == 1);
+        if !fits {
+            return None;
+        }
+        match Link::scale(node, by).filter(|_| FLOATS.contains(&weight.element)) {
+            Some(link) => weight.chain.push(link),
+            None if node.is("Sub") => weight.changed = Some("is shifted by a Sub"),
+            None => weight.changed = Some("is scaled in a way that is not looked into"),
+        }
+        return Some(weight);
     }
     if !is_chain(node) {
         return None;
     }
     let mut constant = trace_within(values, graph, node.input_at(0)?, budget)?;
     match node.op_type() {
-        "Transpose" => match node.attr_ints("perm") {
-            Some([0, 1]) if constant.dims.len() == 2 => {}
-            None | Some([1, 0]) if constant.dims.len() == 2 => {
-                constant.transposed = !constant.transposed;
-                constant.dims.reverse();
-            }
-            _ => return None,
-        },
+        "Transpose" => constant.transpose(node.attr_ints("perm"))?,
         "Reshape" => {
             let dims = reshaped(&constant.dims, &ints(values, graph, node.input_at(1)?)?)?;
             if dims != constant.dims {
-                if constant.transposed {
-                    constant.changed = Some("is transposed and then reshaped");
-                }
+                constant.moved |= constant.transposed;
+                constant.transposed &= !constant.moved;
                 constant.reshaped = true;
+                constant.chain.push(Link::Reshape(dims.clone()));
                 constant.dims = dims;
             }
         }
-        "Cast" if node.attr_i("to", 0) != i64::from(constant.tensor.data_type()) => {
-            constant.changed = Some("is converted by a Cast");
+        "Cast" => {
+            let to = DataType::try_from(node.attr_i("to", 0) as i32).unwrap_or(DataType::Undefined);
+            if to != constant.element {
+                if FLOATS.contains(&to) && FLOATS.contains(&constant.element) {
+                    constant.chain.push(Link::Cast(to));
+                } else {
+                    constant.changed = Some("is converted by a Cast");
+                }
+                constant.element = to;
+            }
         }
-        "DequantizeLinear" => constant.changed = Some("is dequantized by a DequantizeLinear"),
+        "DequantizeLinear" => {
+            constant.changed = Some("is dequantized by a DequantizeLinear");
+            constant.element = DataType::Float;
+        }
         _ => {}
     }
     Some(constant)
 }
+
+impl Constant<'_> {
+    fn elements(&self) -> usize {
+        self.dims.iter().fold(1usize, |n, d| n.saturating_mul(*d))
+    }
+
+    /// What a `Transpose` with this `perm` makes of it; `None` where it makes nothing.
+    fn transpose(&mut self, perm: Option<&[i64]>) -> Option<()> {
+        let rank = self.dims.len();
+        let perm: Vec<usize> = match perm {
+            Some(perm) => perm.iter().map(|p| usize::try_from(*p).ok()).collect::<Option<_>>()?,
+            None => (0..rank).rev().collect(),
+        };
+        let mut sorted = perm.clone();
+        sorted.sort_unstable();
+        if sorted != (0..rank).collect::<Vec<_>>() {
+            return None;
+        }
+        if sorted == perm {
+            return Some(());
+        }
+        self.moved |= rank != 2;
+        self.transposed = rank == 2 && !self.moved && !self.transposed;
+        self.dims = turned(&self.dims, &perm);
+        self.chain.push(Link::Transpose(perm));
+        Some(())
+    }
+}
+
+/// Operators of a constant and another one that is broadcast to it.
+const SCALERS: [&str; 3] = ["Mul", "Div", "Sub"];
 
 /// Operators whose first input is looked through.
 fn is_chain(node: &NodeProto) -> bool {
@@ -149,8 +201,19 @@ pub(super) fn shape_of<'a>(values: &Values<'a>, graph: usize, node: &'a NodeProt
     ints(values, graph, node.input_at(1)?)
 }
 
-/// The 64-bit integers behind `name`, where they are stored in the file.
+/// The 64-bit integers behind `name`, where they are stored in the file, in one piece or in several that a Concat joins.
 pub fn ints<'a>(values: &Values<'a>, graph: usize, name: &'a str) -> Option<Vec<i64>> {
+    let ((at, _), definition) = values.lookup(graph, name)?;
+    match definition {
+        Definition::Node(n) if values.node(at, n)?.is("Concat") => {
+            let pieces = values.node(at, n)?.input.iter().map(|piece| stored_ints(values, at, piece));
+            Some(pieces.collect::<Option<Vec<_>>>()?.concat())
+        }
+        _ => stored_ints(values, graph, name),
+    }
+}
+
+fn stored_ints<'a>(values: &Values<'a>, graph: usize, name: &'a str) -> Option<Vec<i64>> {
     let ((at, _), definition) = values.lookup(graph, name)?;
     let tensor = match definition {
         Definition::Initializer(i) => values.initializer(at, i)?,
@@ -213,7 +276,20 @@ pub fn readers_behind(values: &Values, reader: Reader) -> Vec<Reader> {
 
 /// What comes out of `reader`, where that is a node of a chain.
 fn chained<'a>(values: &Values<'a>, reader: Reader) -> Option<ValueId<'a>> {
-    let Reader::Node { graph, node, input: 0 } = reader else { return None };
-    let node = values.node(graph, node).filter(|n| is_chain(n))?;
+    let Reader::Node { graph, node, input } = reader else { return None };
+    let node = values.node(graph, node)?;
+    let passes = match SCALERS.contains(&node.op_type()) {
+        false => input == 0 && is_chain(node),
+        // By a constant, and as the one that is scaled.
+        true => {
+            let own = trace(values, graph, node.input_at(input)?)?;
+            let other = trace(values, graph, node.input_at(1usize.checked_sub(input)?)?)?;
+            match input {
+                0 => !node.is("Mul") || own.elements() >= other.elements(),
+                _ => node.is("Mul") && own.elements() > other.elements(),
+            }
+        }
+    };
+    passes.then_some(())?;
     Some(values.lookup(graph, node.output_at(0)?)?.0)
 }

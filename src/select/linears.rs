@@ -4,9 +4,10 @@
 //! well; leave such a node out with `exclude_modules`. Bodies of model-local functions are searched where their calls
 //! are written out ([`crate::inline`]).
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::bias::{BiasUse, added_bias};
+use super::chain::{Chain, Link};
 use super::constant::{Constant, Source, Step, final_readers, trace};
 use super::form::{Form, Sum, channels};
 use super::module_path::{Clues, NameRule, is_call_of, module_path, scopes_of};
@@ -68,11 +69,28 @@ pub struct Weight {
     pub source: Source,
     /// Nodes between the stored tensor and the product, in that order.
     pub via: Vec<Step>,
-    /// Net effect of the Transposes among them.
+    /// What they do to a tensor of floats.
+    pub chain: Chain,
+    /// Net effect of the Transposes on a matrix.
     pub transposed: bool,
+    /// True where its elements are moved in another way than that of one Transpose.
+    pub moved: bool,
     /// How many node inputs and graph outputs see the value in the end (chains such as `via` looked through, all
     /// graphs together). More than the calls of one module: the value is shared, and must be copied to be changed.
     pub uses: usize,
+}
+
+impl Weight {
+    /// Whether what is stored can be changed a few rows at a time: its elements are read row after row, or column after
+    /// column, and as they are but for their type.
+    pub fn is_matrix(&self) -> bool {
+        !self.moved && !self.chain.iter().any(Link::is_scale)
+    }
+
+    /// Whether the product reads the elements that are stored, in rows or columns.
+    pub fn is_read_as_stored(&self) -> bool {
+        !self.moved && self.chain.iter().all(Link::moves)
+    }
 }
 
 impl Linear {
@@ -179,6 +197,11 @@ pub fn linears(model: &Model) -> Vec<Linear> {
 
 /// As [`linears`], of a graph that was not read from a file.
 pub fn linears_of(main: &GraphProto) -> Vec<Linear> {
+    linears_with(main, &BTreeMap::new())
+}
+
+/// As [`linears_of`]. `packed_sizes`: how many outputs the modules in a packed layer have, where the graph does not say.
+pub fn linears_with(main: &GraphProto, packed_sizes: &BTreeMap<String, usize>) -> Vec<Linear> {
     let values = Values::of(main);
     let mut found = Vec::new();
     for graph in 0..values.graphs.len() {
@@ -188,7 +211,7 @@ pub fn linears_of(main: &GraphProto) -> Vec<Linear> {
     }
     name(&values, &mut found);
     let mut linears: Vec<Linear> = found.into_iter().map(|f| f.linear).collect();
-    linears.extend(packed::parts(&values, &linears));
+    linears.extend(packed::parts(&values, &linears, packed_sizes));
     linears
 }
 
@@ -256,7 +279,7 @@ fn examine<'a>(
         true => quantized::product(values, graph, n, node, &weight).map(|(beside, how, ty)| (beside, Some(how), ty)),
         false => Ok(match quantized::dequantized(values, &weight) {
             Some((how, element)) => (plain.clone(), Some(how), element),
-            None => (plain.clone(), None, data_type),
+            None => (plain.clone(), None, weight.element),
         }),
     };
     let adaptable = match (&unfit, &found) {
@@ -290,6 +313,8 @@ fn examine<'a>(
             name: weight.root.1.to_string(),
             source: weight.source,
             via: weight.via,
+            chain: weight.chain,
+            moved: weight.moved,
             // MatMulNBits stores [out, in] and multiplies by the transpose.
             transposed: weight.transposed || product.op == "MatMulNBits",
             uses: 0,
@@ -437,8 +462,13 @@ fn name_calls(found: &mut [Found], members: &[usize]) {
 
 /// Sets [`Linear::path`]: equal for the calls of one module, different for all else.
 fn name_parameters(found: &mut [Found]) {
-    let identity = |f: &Found| (f.root.0, f.root.1.to_string(), f.linear.is_stored_out_in());
-    let mut weights_of: HashMap<String, HashSet<(usize, String, bool)>> = HashMap::new();
+    let identity = |f: &Found| {
+        // Where the nodes between make other values of it, it is another matrix.
+        let weight = &f.linear.weight;
+        let chain = if weight.is_matrix() { Chain::new() } else { weight.chain.clone() };
+        (f.root.0, f.root.1.to_string(), f.linear.is_stored_out_in(), chain)
+    };
+    let mut weights_of: HashMap<String, HashSet<(usize, String, bool, Chain)>> = HashMap::new();
     for f in found.iter() {
         if let Some(module) = &f.linear.module {
             weights_of.entry(module.clone()).or_default().insert(identity(f));

@@ -1,11 +1,14 @@
 //! Layers that are several modules in one: queries, keys and values of one product, cut apart again behind it. Each
 //! part can be adapted by the name it has where it is a layer of its own.
 
+use std::collections::BTreeMap;
+
 use super::bias::BETWEEN;
 use super::constant::{ints, trace};
 use super::linears::Linear;
 use super::values::{Reader, Values};
 use crate::onnx::NodeProto;
+use crate::{Error, Result};
 
 /// The outputs of a packed layer that are one of its modules.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,15 +31,15 @@ const PACKED: [(&str, &[&str]); 6] = [
     ("gate_up_proj", &["gate_proj", "up_proj"]),
 ];
 
-/// The parts of every packed layer among `linears`, each of which counts as a layer. Where the graph does not say how
-/// the outputs are cut, the parts cannot be adapted, and say why.
-pub fn parts(values: &Values, linears: &[Linear]) -> Vec<Linear> {
+/// The parts of every packed layer among `linears`, each of which counts as a layer. Where neither the graph says how the
+/// outputs are cut nor `sizes`, by the parts' names, the parts cannot be adapted, and say why.
+pub fn parts(values: &Values, linears: &[Linear], sizes: &BTreeMap<String, usize>) -> Vec<Linear> {
     let mut parts = Vec::new();
     for linear in linears {
         let Some(module) = &linear.module else { continue };
         let (front, last) = module.rsplit_once('.').map_or(("", module.as_str()), |(front, last)| (front, last));
         let Some((_, names)) = PACKED.iter().find(|(packed, _)| *packed == last) else { continue };
-        let cuts = cuts(values, linear, names.len());
+        let cuts = cuts(values, linear, names.len()).or_else(|| given(names, sizes, linear.out_features));
         for (i, name) in names.iter().enumerate() {
             let path = if front.is_empty() { name.to_string() } else { format!("{front}.{name}") };
             if linears.iter().any(|l| l.path == path) {
@@ -50,8 +53,10 @@ pub fn parts(values: &Values, linears: &[Linear]) -> Vec<Linear> {
             if cuts.is_none() && part.adaptable.is_ok() {
                 part.adaptable = Err(format!(
                     "it is a part of {module}, and the graph does not say which of its {} outputs: there is no Split \
-                     or Slice of the last axis behind it. Name {last} to adapt it as a whole",
-                    linear.out_features
+                     or Slice of the last axis behind it. Name {last} to adapt it as a whole, or say how many each \
+                     part has, if they follow one another: --packed-sizes {}",
+                    linear.out_features,
+                    names.iter().map(|name| format!("{name}=…")).collect::<Vec<_>>().join(",")
                 ));
             }
             part.part = Some(Part { of: linear.path.clone(), start });
@@ -96,6 +101,40 @@ fn cuts(values: &Values, linear: &Linear, count: usize) -> Option<Vec<usize>> {
         return slices(values, &readers, linear.out_features, count);
     }
     None
+}
+
+/// Sizes that are given for all the parts, and make up the layer.
+fn given(names: &[&str], sizes: &BTreeMap<String, usize>, outputs: usize) -> Option<Vec<usize>> {
+    let sizes: Vec<usize> = names.iter().map(|name| sizes.get(*name).copied()).collect::<Option<_>>()?;
+    let total = sizes.iter().try_fold(0usize, |sum, n| sum.checked_add(*n))?;
+    (total == outputs && sizes.iter().all(|n| *n > 0)).then(|| ends(&sizes))
+}
+
+/// Checks that sizes which a config gives are those of parts that `linears` have.
+///
+/// # Errors
+/// The first that is not, and what packed layers there are.
+pub fn check_sizes(linears: &[Linear], sizes: &BTreeMap<String, usize>) -> Result<()> {
+    let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_string();
+    let is_there = |name: &str, size: usize| {
+        linears.iter().any(|l| l.part.is_some() && l.out_features == size && last(&l.path) == *name)
+    };
+    let Some((name, size)) = sizes.iter().find(|(name, size)| !is_there(name, **size)) else { return Ok(()) };
+    let packed = linears.iter().filter(|l| PACKED.iter().any(|(packed, _)| *packed == last(&l.path)));
+    let mut there: Vec<String> = packed
+        .map(|l| {
+            let of = linears.iter().filter(|part| part.part.as_ref().is_some_and(|p| p.of == l.path));
+            let parts: Vec<String> = of.map(|part| last(&part.path)).collect();
+            format!("{} ({}) with {} outputs", last(&l.path), parts.join(", "), l.out_features)
+        })
+        .collect();
+    there.sort_unstable();
+    there.dedup();
+    Err(Error::config(format!(
+        "packed_sizes: {name} = {size} fits no packed layer of this model; the sizes of all its parts are given, and make up \
+         its outputs. There is {}",
+        if there.is_empty() { "none".into() } else { there.join("; ") }
+    )))
 }
 
 /// How one node cuts its input.

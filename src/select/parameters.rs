@@ -119,7 +119,7 @@ impl<'v, 'a> Collector<'v, 'a> {
         let constant = trace(self.values, graph, name)?;
         let data_type = float(constant.tensor.data_type())?;
         let rank = if is_weight { 2 } else { 1 };
-        if constant.changed.is_some() || constant.reshaped || constant.dims.len() != rank {
+        if !constant.is_as_stored() || constant.reshaped || constant.dims.len() != rank {
             return None;
         }
         // A tensor that kept its PyTorch name is stored as PyTorch does, be it [out, in] or Conv1D's [in, out].

@@ -383,7 +383,7 @@ fn laid<'a>(
     let constant =
         trace(values, graph, name).ok_or_else(|| format!("its scale or zero point {name} is no constant"))?;
     if constant.transposed
-        || constant.via.iter().any(|step| matches!(step.op.as_str(), "Mul" | "Sub" | "DequantizeLinear"))
+        || constant.via.iter().any(|step| matches!(step.op.as_str(), "Mul" | "Div" | "Sub" | "DequantizeLinear"))
     {
         return Err(format!("its scale or zero point {name} is computed"));
     }
@@ -440,6 +440,9 @@ impl Chain {
     ) -> Option<()> {
         match node.op_type() {
             "Cast" => self.element = DataType::try_from(node.attr_i("to", 0) as i32).ok(),
+            "Transpose" if self.dims.len() != 2 => {
+                self.problem = Some("its integers are moved before they are multiplied".into())
+            }
             "Transpose" if node.attr_ints("perm") != Some(&[0, 1]) => {
                 self.transposed = !self.transposed;
                 self.dims.reverse();

@@ -87,6 +87,10 @@ pub struct TrainOptions {
 }
 
 impl TrainOptions {
+    /// Default learning rate. Each number of a block is a part of in_features / r weights of an output, all of which move
+    /// with it: at 1e-3, where Adam's first steps are 1e-3 long, real encoders leave the place they should learn from.
+    pub const LR: f64 = 1e-4;
+
     /// AdamW's defaults are torch's, but without weight decay.
     pub fn new(out: impl Into<PathBuf>, data: impl Into<PathBuf>, loss: Loss) -> Self {
         Self {
@@ -101,7 +105,7 @@ impl TrainOptions {
             labels: "labels".into(),
             text: TextOptions::default(),
             optimizer: Rule::AdamW { betas: (0.9, 0.999), eps: 1e-8 },
-            lr: 1e-3,
+            lr: Self::LR,
             head_lr: None,
             weight_decay: 0.0,
             decay_all: false,

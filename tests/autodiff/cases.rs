@@ -249,19 +249,22 @@ fn matmul(c: &mut Vec<Case>) {
     }
 }
 
+const REDUCTIONS: [&str; 10] = [
+    "ReduceSum",
+    "ReduceMean",
+    "ReduceMax",
+    "ReduceMin",
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceLogSum",
+    "ReduceLogSumExp",
+    "ReduceSumSquare",
+    "ReduceProd",
+];
+
 fn reduce(c: &mut Vec<Case>) {
-    let ops = [
-        "ReduceSum",
-        "ReduceMean",
-        "ReduceMax",
-        "ReduceMin",
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceLogSum",
-        "ReduceLogSumExp",
-        "ReduceSumSquare",
-    ];
-    for op in ops {
+    // Products have cases of their own.
+    for op in REDUCTIONS.into_iter().filter(|op| *op != "ReduceProd") {
         let x = || if op == "ReduceLogSum" { between(&[2, 3, 4], 0.5, 2.0) } else { spaced(&[2, 3, 4]) };
         let single =
             |case: Case| if matches!(op, "ReduceL1" | "ReduceL2" | "ReduceLogSum") { case.single() } else { case };

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use bone_onnx::onnx::external::{Place, place};
-use bone_onnx::onnx::{Model, ModelProto, Tensor};
+use bone_onnx::onnx::{DataType, Model, ModelProto, NodeProto, Tensor, TensorProto, value_info};
 use prost::Message;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -205,6 +205,77 @@ fn safetensors_as_external_data_stay_valid() {
     let file = safetensors::SafeTensors::deserialize(&file).unwrap();
     assert_eq!(file.tensor("fc1").unwrap().data(), merged["fc1.weight"].to_bytes());
     assert_eq!(file.tensor("fc2").unwrap().data(), merged["onnx::MatMul_9"].to_bytes());
+}
+
+/// A weight of its own finds no place in a .safetensors file; a new one takes all of them.
+#[test]
+fn new_tensors_go_beside_a_safetensors_file_or_into_a_new_one() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path();
+    // A weight of 400 × 6, which two layers read.
+    let weight = floats(&[400, 6]).to_bytes();
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![400, 6], &weight).unwrap();
+    safetensors::serialize_to_file([("fc1", view)], None, &path.join("model.safetensors")).unwrap();
+    let header = fs::metadata(path.join("model.safetensors")).unwrap().len() - 9600;
+    let mut proto = network(false);
+    let graph = proto.graph.as_mut().unwrap();
+    let place = Place { location: "model.safetensors".into(), offset: header, length: Some(9600), checksum: None };
+    let shared = graph.initializer[0].name().to_string();
+    graph.initializer[0] = TensorProto { name: Some(shared.clone()), ..place.entries() };
+    graph.initializer[0].dims = vec![400, 6];
+    graph.initializer[0].data_type = Some(DataType::Float as i32);
+    graph.initializer[1].dims = vec![400];
+    graph.initializer[1].raw_data = Some(floats(&[400]).to_bytes().into());
+    graph.initializer[2] = floats(&[400, 3]).to_proto("onnx::MatMul_9");
+    graph.node.push(NodeProto { name: Some("/again/Gemm".into()), ..graph.node[0].clone() });
+    let last = graph.node.last_mut().unwrap();
+    last.output[0] = "again".into();
+    graph.output.push(value_info("again", DataType::Float, &["n", "400"]));
+    fs::write(path.join("base.onnx"), proto.encode_to_vec()).unwrap();
+    let inject =
+        ["inject", "base.onnx", "-o", "injected.onnx", "--r", "2", "--init-weights", "false", "--target-nodes"];
+    done(&[&inject[..], &["/fc1/Gemm"]].concat(), path);
+    let said = |args: &[&str]| text(&bone(args, path).stderr);
+    assert!(
+        said(&["fold", "injected.onnx", "-o", "merged.onnx"])
+            .contains("1 new tensors are in merged.onnx.data: model.safetensors has no place")
+    );
+    let merged = values(&path.join("merged.onnx"));
+    assert_eq!(merged[&shared].to_bytes(), weight);
+    done(&["verify", "injected.onnx", "merged.onnx", "--engine", "tract"], path);
+    // All in one new file, which the format's own reader takes.
+    let args = ["fold", "injected.onnx", "-o", "one.onnx", "--external-data-location", "one.safetensors"];
+    assert!(!said(&args).contains("no place"));
+    assert_eq!(values(&path.join("one.onnx")), merged);
+    let file = fs::read(path.join("one.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&file).unwrap();
+    assert!(file.names().len() > 2, "{:?}", file.names());
+    for name in file.names() {
+        let (there, wanted) = (file.tensor(name).unwrap(), &merged[name]);
+        assert_eq!((there.shape(), there.data()), (wanted.dims(), &wanted.to_bytes()[..]), "{name}");
+    }
+    done(&["verify", "injected.onnx", "one.onnx", "--engine", "tract"], path);
+    // Folded again, it stays one.
+    done(
+        &[
+            "inject",
+            "one.onnx",
+            "-o",
+            "next.onnx",
+            "--target-nodes",
+            "/again/Gemm",
+            "--r",
+            "2",
+            "--init-weights",
+            "false",
+        ],
+        path,
+    );
+    done(&["fold", "next.onnx", "-o", "last.onnx"], path);
+    let file = fs::read(path.join("last.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&file).unwrap();
+    assert_ne!(file.tensor(&shared).unwrap().data(), weight);
+    assert_eq!(file.tensor(&shared).unwrap().data(), values(&path.join("last.onnx"))[&shared].to_bytes());
 }
 
 #[test]

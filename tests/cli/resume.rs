@@ -207,7 +207,7 @@ fn what_would_change_the_result_is_refused_by_name() {
     interrupted(&path, "out", "", 10);
     let before = (metrics(&path.join("out")), std::fs::read(path.join("out/injected.onnx")).expect("a file"));
     failed(&path, "out", "", &["out holds checkpoints of an earlier run", "--resume"]);
-    failed(&path, "out", "--resume --lr 0.5 --head-lr 0.5", &["lr was 0.001 and is 0.5 now", "head-lr was not given"]);
+    failed(&path, "out", "--resume --lr 0.5 --head-lr 0.5", &["lr was 0.0001 and is 0.5 now", "head-lr was not given"]);
     failed(&path, "out", "--resume --no-shuffle", &["shuffle was true and is false now"]);
     failed(&path, "out", "--resume --threads 7", &["threads was", "is 7 now"]);
 

@@ -60,6 +60,8 @@ fn every_form_of_a_layer_learns() {
         target_nodes: Some(TargetModules::parse("/Einsum,/Einsum_2,/Einsum_3")),
         ..Default::default()
     };
+    let mut groups = on("q_proj,v_proj", InitWeights::Zeros);
+    groups.config.packed_sizes = [("q_proj", 8), ("k_proj", 4), ("v_proj", 4)].map(|(n, s)| (n.to_string(), s)).into();
     let cases = [
         ("conv2d.ts17.onnx", on("proj_in,proj_out,to_q", InitWeights::Zeros)),
         ("conv2d.ts17.onnx", on("proj_in,proj_out", InitWeights::Bat)),
@@ -72,6 +74,13 @@ fn every_form_of_a_layer_learns() {
         ("f12_if_yes.ts17.onnx", on("all-linear", InitWeights::Zeros)),
         // Its number of steps is an input without axes: one number for all rows.
         ("loop.ts17.onnx", on("all-linear", InitWeights::Zeros)),
+        // Weights that are converted, scaled or moved before they are read.
+        ("weights_f16.dyn18.onnx", on("all-linear", InitWeights::Zeros)),
+        ("weights_bf16.ts17.onnx", on("all-linear", InitWeights::Zeros)),
+        ("scaled.ts17.onnx", on("all-linear", InitWeights::Zeros)),
+        ("moved.dyn18.onnx", on("all-linear", InitWeights::Bat)),
+        ("moved.ts17.onnx", on("all-linear", InitWeights::Zeros)),
+        ("packed_groups.ts17.onnx", groups),
     ];
     for (file, options) in cases {
         let what = format!("{file}, {:?}", options.config.init_weights);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::cli::engine::EngineArgs;
 use crate::train::schedule::Shape;
-use crate::train::{Distance, EvalStrategy, Loss};
+use crate::train::{Distance, EvalStrategy, Loss, TrainOptions};
 
 /// Train an injected model's adapters (and head) on your data
 #[derive(clap::Args)]
@@ -126,8 +126,9 @@ pub struct Arguments {
     #[arg(long)]
     pub nesterov: bool,
 
-    /// Learning rate
-    #[arg(long, visible_alias = "learning-rate", default_value_t = 1e-3)]
+    /// Learning rate. Each number of a block is a part of many weights at once (in_features / r of each output), so its
+    /// steps are smaller than those of a matrix of its own; a small network of one or two layers takes 10 to 100 times more
+    #[arg(long, visible_alias = "learning-rate", default_value_t = TrainOptions::LR)]
     pub lr: f64,
 
     /// Learning rate of layers trained in full (the head) [default: --lr]

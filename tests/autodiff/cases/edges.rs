@@ -2,19 +2,6 @@
 
 use super::*;
 
-const REDUCTIONS: [&str; 10] = [
-    "ReduceSum",
-    "ReduceMean",
-    "ReduceMax",
-    "ReduceMin",
-    "ReduceL1",
-    "ReduceL2",
-    "ReduceLogSum",
-    "ReduceLogSumExp",
-    "ReduceSumSquare",
-    "ReduceProd",
-];
-
 pub fn add(c: &mut Vec<Case>) {
     for op in REDUCTIONS {
         let reduce = |args| case(op, args).single().opsets(&[18]);
