@@ -6,10 +6,11 @@
     export      directories that bone-onnx writes (BONE, MISS, LORA), loaded by peft: the injected model's outputs
     golden      peft's directories in shared/goldens: imported and exported again, or converted, loaded by peft
     import      directories that peft writes here, folded by bone-onnx: the outputs of peft's merge_and_unload
+    events      what TensorBoard reads of runs, resumed ones among them: the numbers in metrics.jsonl, every one
     hot swap    two .onnx_adapter files, swapped in one session of ONNX Runtime: the folded models' outputs
 
 Outputs must agree within 1e-5, and differ from the base model's. One line a check; exit 1 if any failed. The packages
-(peft 0.18.1 and 0.21.2, torch, onnxruntime 1.31.1) go into the cache of scripts/fetch.py: 26 s the first time on a
+(peft 0.18.1 and 0.21.2, torch, onnxruntime 1.31.1, tensorboard 2.21.0) go into the cache of scripts/fetch.py: 26 s the first time on a
 46 MB/s network, 1.5 GB. Needs Linux x86_64, CPython 3.11 to 3.14 with venv and pip 22.3 or newer, and a C compiler.
 """
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -15,8 +16,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import numpy as np
 import onnxruntime as ort
 from safetensors.numpy import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tables import CASES, FULL_RANK, READERS, SWAPPED, TRAIN, WRITTEN
+from tables import CASES, EVENTS, FULL_RANK, READERS, SWAPPED, TAGS, TRAIN, WRITTEN
 from tools import EFFECT, TOLERANCE, Cli, Failed, Worst, differ, run, session, start_pefts
 
 
@@ -38,6 +40,7 @@ class Checks:
         yield from self.golden_directories()
         yield from self.imports()
         yield from self.hot_swaps()
+        yield "events     read by TensorBoard", self.events
 
     # -- data
 
@@ -260,6 +263,30 @@ class Checks:
 
     # -- stock ONNX Runtime swaps exported adapters
 
+    def events(self, folder, worst):
+        """A run left alone, one that goes on from a checkpoint whose metrics were cut, and one whose events are lost."""
+        onnx = EVENTS
+        model = folder / "injected.onnx"
+        self.cli("inject", "--target-modules all-linear --r 4", model=self.base(onnx), out=model)
+        data = self.data(onnx)
+        flags = f"--loss mse --labels target --lr 0.05 --eval-data {data} --eval-steps 2 --save-steps 3"
+        for name in ("alone", "resumed", "lost"):
+            out = folder / name
+            self.cli("train", flags, model=model, out=out, data=data)
+            if name == "alone":
+                check_events(out, 5, worst)
+                continue
+            # The state in which a process that was killed after step 4 leaves it.
+            shutil.rmtree(out / "checkpoint-5")
+            before = check_events(out, 5, worst)
+            if name == "lost":
+                shutil.rmtree(out / "tensorboard")
+            self.cli("train", f"{flags} --resume", model=model, out=out, data=data)
+            after = check_events(out, 5, worst)
+            kept = [event == before[at] for at, event in enumerate(after) if event.step <= 3]
+            if name == "resumed" and not all(kept):
+                raise Failed("the events before the checkpoint are others after a resume")
+
     def hot_swaps(self):
         for name, onnx, flags in SWAPPED:
             yield (
@@ -300,6 +327,28 @@ def the_directory(path):
     if len(found) != 1:
         raise Failed(f"{len(found)} adapter_config.json where one was expected")
     return found[0]
+
+
+def check_events(out, steps, worst):
+    """Compares all scalars in a run's folder, as TensorBoard reads them, with its metrics.jsonl; the loss's events."""
+    read = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
+    read.Reload()
+    found = {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+    expected = {}
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(line)
+        for key, tag in TAGS.items():
+            if key in line:
+                expected.setdefault(tag, []).append((line["step"], float(np.float32(line[key]))))
+    if [step for step, _ in expected["train/loss"]] != list(range(1, steps + 1)):
+        raise Failed(f"{out.name}: metrics.jsonl has the steps {expected['train/loss']}")
+    for tag in sorted(set(expected) | set(found)):
+        if expected.get(tag) != found.get(tag):
+            raise Failed(f"{out.name}: {tag} is {found.get(tag)} and should be {expected.get(tag)}")
+    times = [event.wall_time for event in read.Scalars("train/loss")]
+    if times != sorted(times) or not 0 <= time.time() - times[0] < 3600:
+        raise Failed(f"{out.name}: wall times {times}")
+    return read.Scalars("train/loss")
 
 
 def main():

@@ -102,3 +102,13 @@ SWAPPED = [
     ("bone, lin1 trained in full", "mlp/base_gemm", f"{LIN0} --modules-to-save lin1"),
     ("bone", "bert/base", f"{QV} --r 8"),
 ]
+
+# The model of the runs whose events TensorBoard reads, and where the numbers of metrics.jsonl are then.
+EVENTS = "mlp/base_gemm"
+TAGS = {
+    "loss": "train/loss",
+    "lr": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "eval_loss": "eval/loss",
+    "eval_accuracy": "eval/accuracy",
+}

@@ -1,7 +1,7 @@
 //! Checkpoints: what a run needs to go on with the same bits, in `checkpoint-<step>/` of its directory.
 //!
-//! `training_state.safetensors` holds the parameters, their values before the last update, and the optimizer's
-//! moments. `trainer_state.json` holds the counters, the run's settings, and checksums of both files. The directory is
+//! `training_state.safetensors` holds the parameters, their values before the last update and at the best evaluation,
+//! and the optimizer's moments. `trainer_state.json` holds the counters, the run's settings, and checksums of both files. The directory is
 //! filled under another name and renamed once it is on the disk, so a checkpoint is there whole or not at all; older
 //! ones go only after that.
 
@@ -64,7 +64,8 @@ pub(super) struct Saved {
     state: State,
     tensors: Bytes,
     path: PathBuf,
-    history: History,
+    /// What was reported up to then.
+    pub history: History,
 }
 
 impl Saved {
@@ -152,9 +153,9 @@ impl<'a> Checkpoints<'a> {
         )))
     }
 
-    /// Whether one is to be saved after `step` of `total`.
-    pub fn due(&self, step: usize, total: usize) -> bool {
-        self.every.is_some_and(|every| step.is_multiple_of(every) || step == total)
+    /// Whether one is to be saved after `step`, which may be the `last` one.
+    pub fn due(&self, step: usize, last: bool) -> bool {
+        self.every.is_some_and(|every| step.is_multiple_of(every) || last)
     }
 
     /// The newest whole one.
@@ -317,6 +318,9 @@ impl Trainer<'_> {
         for parameter in &self.learned.last_good {
             push("last_good", parameter, parameter.value.values().unwrap_or_default());
         }
+        for parameter in &self.best.kept {
+            push("best", parameter, parameter.value.values().unwrap_or_default());
+        }
         let broken = |e| Error::model(format!("{TENSORS}: {e}"));
         let views =
             arrays.iter().map(|(name, dims, bytes)| Ok((name, TensorView::new(Dtype::F32, dims.clone(), bytes)?)));
@@ -365,6 +369,15 @@ impl Trainer<'_> {
             }
             fill("last_good", parameter, last_good.values_mut())?;
             fill("parameter", &parameter.clone(), parameter.values_mut())?;
+        }
+        for report in &history.evals {
+            self.best.see(report);
+        }
+        if self.options.load_best_model_at_end && self.best.found().is_some() {
+            self.best.kept.clone_from(&self.learned.parameters);
+            for parameter in &mut self.best.kept {
+                fill("best", &parameter.clone(), parameter.values_mut())?;
+            }
         }
         self.batches.go_to(state.epoch, state.row);
         self.place.go_on(state.runs, state.loss_scale);

@@ -76,8 +76,11 @@ pub fn curves(output: &str, steps: &[StepReport], evals: &[EvalReport]) -> Vec<C
 }
 
 impl Curve {
+    pub fn title(&self) -> &str {
+        &self.title
+    }
+
     /// The text of an SVG file, or what the drawing library said.
-    #[cfg(test)]
     pub fn svg(&self) -> Result<String, String> {
         let mut text = String::new();
         self.draw(SVGBackend::with_string(&mut text, SIZE).into_drawing_area())?;

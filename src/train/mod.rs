@@ -1,11 +1,13 @@
 //! Training: loss graphs, data readers, optimizer, schedule, loop, metrics.
 //!
 //! [`run`] takes an injected model and changes nothing but the values of its trainable initializers. What it leaves in
-//! [`TrainOptions::out`]: `metrics.jsonl` (while it runs), its curves (`loss.png` and others), `injected.onnx` with the
-//! trained values, `adapter/` in PEFT's form, `labels.json` where labels were given as names, `train.toml` where settings
-//! came as a text, and `checkpoint-<step>/` to resume from.
+//! [`TrainOptions::out`]: `metrics.jsonl` (while it runs), the same as `tensorboard/`, its curves (`loss.png` and
+//! others), all of it on one page as `report.html`, `injected.onnx` with the trained values, `adapter/` in PEFT's form,
+//! `labels.json` where labels were given as names, `train.toml` where settings came as a text, and `checkpoint-<step>/`
+//! to resume from.
 
 mod accumulate;
+mod best;
 mod checkpoint;
 mod curve;
 pub mod data;
@@ -22,19 +24,23 @@ mod metrics;
 pub mod optimizer;
 mod options;
 mod probe;
+mod report;
 mod save;
 pub mod schedule;
 mod step;
+mod tensorboard;
 mod update;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+pub use best::Metric;
 pub use loss::{Distance, Loss, Pooling};
 pub use metrics::{EvalReport, StepReport};
 pub use options::{EvalStrategy, TrainOptions};
 pub use probe::{Probe, probe};
+pub use report::size;
 
 use crate::adapter::Injection;
 use crate::engine::{Device, Engine};
@@ -42,6 +48,7 @@ use crate::inject::check_shared;
 use crate::onnx::shape::{Dim, Shapes};
 use crate::onnx::{DataType, Model, ValueInfoProto, data_type_name};
 use crate::{Error, Result, did_you_mean};
+use best::Best;
 use checkpoint::{Checkpoints, Saved};
 use data::{Axis, Batches, Dataset, Feed, Field, LabelKind, ReadOptions, Target};
 use device::OnDevice;
@@ -51,6 +58,7 @@ use metrics::MetricsFile;
 use optimizer::{Group, Optimizer};
 use schedule::Schedule;
 use step::{Learned, Outcome, Place};
+use tensorboard::EventsFile;
 
 /// Watches a run. The library itself prints nothing.
 pub trait Progress {
@@ -94,9 +102,24 @@ pub struct Summary {
     /// How many of them were taken before the checkpoint that the run went on from.
     pub steps_before: usize,
     pub evals: Vec<EvalReport>,
+    /// The best of them, by [`TrainOptions::metric_for_best_model`].
+    pub best: Option<EvalReport>,
+    /// Whether the saved values are those of the best evaluation, not the last ones.
+    pub best_kept: bool,
     /// True where [`Progress::stop`] ended it.
     pub stopped: bool,
+    /// True where it ended because evaluations became no better.
+    pub stopped_early: bool,
+    /// Of the steps after `steps_before`, evaluations and saving included.
     pub seconds: f64,
+    /// Training samples in the steps after `steps_before`, by the time of these steps alone.
+    pub samples_per_second: f64,
+    /// The most memory that the process ever held, where the system tells.
+    pub peak_memory: Option<u64>,
+    /// Of the files with the adapters' values.
+    pub adapter_bytes: u64,
+    /// Numbers that are trained.
+    pub trainable: usize,
     /// Class names in order of their ids, where labels were given as names.
     pub label_names: Option<Vec<String>>,
     pub injected: PathBuf,
@@ -213,7 +236,7 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
         trainable: parameters.iter().map(|p| p.value.len()).sum(),
     });
     let begun = Instant::now();
-    let metrics = options.out.join(metrics::FILE);
+    let (metrics, events) = (options.out.join(metrics::FILE), options.out.join(tensorboard::FILE));
     let mut trainer = Trainer {
         options,
         schedule: schedule(options, steps),
@@ -225,9 +248,19 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
             Some(saved) => MetricsFile::go_on(&metrics, saved.metrics_bytes())?,
             None => MetricsFile::create(&metrics)?,
         },
+        events: match &resumed {
+            Some(saved) => EventsFile::go_on(&events, &saved.history)?,
+            None => EventsFile::create(&events)?,
+        },
         checkpoints,
+        best: Best::new(
+            options.metric_for_best_model,
+            options.early_stopping_patience,
+            options.early_stopping_threshold,
+        ),
         steps: Vec::new(),
         evals: Vec::new(),
+        samples: 0,
     };
     resumed.map(|saved| trainer.restore(saved)).transpose()?;
     trainer.place.start(&trainer.learned)?;
@@ -235,10 +268,13 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
 
     let injected = options.out.join("injected.onnx");
     let adapter = options.out.join("adapter");
+    let best_kept = outcome.is_ok() && !trainer.best.kept.is_empty();
+    let parameters = if best_kept { &trainer.best.kept } else { &trainer.learned.parameters };
+    let curves = curve::curves(&output.name, &trainer.steps, &trainer.evals);
     let keep = || {
-        save::injected(model, &trainer.learned.parameters, &injected)?;
-        save::adapters(model, &injection, &trainer.learned.parameters, &adapter)?;
-        for curve in curve::curves(&output.name, &trainer.steps, &trainer.evals) {
+        save::injected(model, parameters, &injected)?;
+        save::adapters(model, &injection, parameters, &adapter)?;
+        for curve in &curves {
             let picture =
                 curve.png().map_err(|what| Error::model(format!("{}.png could not be drawn: {what}", curve.name)))?;
             save::file(&options.out.join(format!("{}.png", curve.name)), picture)?;
@@ -247,15 +283,23 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     };
     // Whatever ended the run, the steps that were taken are kept.
     let kept = if trainer.steps.is_empty() { Ok(()) } else { keep() };
-    let stopped = match (outcome, kept) {
+    let end = match (outcome, kept) {
         // A disk that takes no more is the first cause of all that follows.
         (Err(error @ Error::Io { .. }), _) | (_, Err(error)) | (Err(error), Ok(())) => {
             return Err(trainer.checkpoints.hint(error));
         }
-        (Ok(stopped), Ok(())) => stopped,
+        (Ok(end), Ok(())) => end,
     };
-    Ok(Summary {
-        stopped,
+    let seconds: f64 = trainer.steps.iter().skip(steps_before).map(|step| step.seconds).sum();
+    let summary = Summary {
+        best: trainer.best.found(),
+        best_kept,
+        stopped: end == End::Asked,
+        stopped_early: end == End::Early,
+        samples_per_second: if seconds > 0.0 { trainer.samples as f64 / seconds } else { 0.0 },
+        peak_memory: report::peak_memory(),
+        adapter_bytes: save::adapter_bytes(&injection, &adapter),
+        trainable: parameters.iter().map(|p| p.value.len()).sum(),
         checkpoint: trainer.checkpoints.last(),
         steps_before,
         steps: trainer.steps,
@@ -264,7 +308,25 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
         label_names: dataset.label_names,
         injected,
         adapter,
-    })
+    };
+    if !summary.steps.is_empty() {
+        let title = format!("{}: training of {}", model.path.display(), output.name);
+        let page = report::html(&title, &engine.describe(), options, &summary, &curves)
+            .map_err(|what| Error::model(format!("report.html could not be made: {what}")))?;
+        save::file(&options.out.join("report.html"), page.into_bytes())?;
+    }
+    Ok(summary)
+}
+
+/// Why a run is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// All steps are taken.
+    Done,
+    /// Evaluations became no better.
+    Early,
+    /// [`Progress::stop`] asked for it.
+    Asked,
 }
 
 /// The state of a run between two steps.
@@ -276,37 +338,48 @@ struct Trainer<'a> {
     place: Place,
     eval: Option<(ForwardSession, Feed<'a>)>,
     metrics: MetricsFile,
+    events: EventsFile,
     checkpoints: Checkpoints<'a>,
+    best: Best,
     steps: Vec<StepReport>,
     evals: Vec<EvalReport>,
+    /// Samples in the steps of this process.
+    samples: usize,
 }
 
 impl Trainer<'_> {
-    /// Goes on until `total` steps are taken; true where `progress` asked to stop before that. However it ends,
-    /// `learned` is what the steps that were reported have made.
-    fn steps(&mut self, total: usize, feed: &Feed, progress: &mut dyn Progress) -> Result<bool> {
+    /// Goes on until `total` steps are taken; or there is a reason to end before that. However it ends, `learned` is what the steps that were reported have made.
+    fn steps(&mut self, total: usize, feed: &Feed, progress: &mut dyn Progress) -> Result<End> {
         let outcome = self.all_steps(total, feed, progress);
         let fetched = self.place.fetch(&mut self.learned);
-        outcome.and_then(|stopped| fetched.map(|()| stopped))
+        outcome.and_then(|end| fetched.map(|()| end))
     }
 
-    fn all_steps(&mut self, total: usize, feed: &Feed, progress: &mut dyn Progress) -> Result<bool> {
+    fn all_steps(&mut self, total: usize, feed: &Feed, progress: &mut dyn Progress) -> Result<End> {
         let mut begun = self.steps.len();
         let mut since = Instant::now();
         while begun < total {
+            if self.best.enough() {
+                return Ok(End::Early);
+            }
             if progress.stop() {
                 self.finish(begun, &mut since, progress)?;
                 self.save(begun)?;
-                return Ok(true);
+                return Ok(End::Asked);
             }
             let micro = accumulate::micro_batches(feed, &mut self.batches, self.options.gradient_accumulation_steps)?;
+            self.samples += micro.iter().map(|batch| batch.samples).sum::<usize>();
             let (factor, clip) = (self.schedule.factor(begun), self.options.max_grad_norm);
             self.place.begin(&mut self.learned, &micro, self.options.loss, factor, clip)?;
             begun += 1;
 
             let step = begun;
-            let epoch = self.batches.at_epoch_end() && self.options.eval_strategy == EvalStrategy::Epoch;
-            let (evaluates, saves) = (epoch || step == total, self.checkpoints.due(step, total));
+            let due = match self.options.eval_strategy {
+                EvalStrategy::Epoch => self.batches.at_epoch_end(),
+                EvalStrategy::Steps(every) => step.is_multiple_of(every),
+                EvalStrategy::End => false,
+            };
+            let (evaluates, saves) = (due || step == total, self.checkpoints.due(step, step == total));
             let ahead = if evaluates || saves { 0 } else { self.place.ahead() };
             self.finish(step - ahead.min(step), &mut since, progress)?;
             if evaluates && self.eval.is_some() {
@@ -318,15 +391,19 @@ impl Trainer<'_> {
                     evaluate::evaluate(session, &self.learned.parameters, feed, self.options.loss, size, step)?;
                 self.evals.push(report);
                 self.metrics.write(&report)?;
+                self.events.eval(&report)?;
                 progress.evaluated(&report);
+                if self.best.see(&report) && self.options.load_best_model_at_end {
+                    self.best.kept.clone_from(&self.learned.parameters);
+                }
                 since = Instant::now();
             }
-            if saves {
+            if saves || self.best.enough() && self.checkpoints.due(step, true) {
                 self.save(step)?;
                 since = Instant::now();
             }
         }
-        Ok(false)
+        Ok(End::Done)
     }
 
     /// Waits for the steps up to `last` and reports them.
@@ -345,6 +422,7 @@ impl Trainer<'_> {
                 StepReport { step, loss, lr: self.options.lr * self.schedule.factor(step - 1), grad_norm, seconds };
             self.steps.push(report);
             self.metrics.write(&report)?;
+            self.events.step(&report)?;
             progress.step(&report);
             if !finite {
                 return Err(self.not_finite("updated parameters", step));

@@ -1,9 +1,9 @@
 //! What a run is asked to do.
 
 use std::path::PathBuf;
-use std::str::FromStr;
 
-use super::data::TextOptions;
+use super::best::Metric;
+use super::data::{LabelKind, TextOptions};
 use super::loss::{Loss, Pooling};
 use super::optimizer::Rule;
 use super::schedule::Shape;
@@ -15,20 +15,10 @@ use crate::{Error, Result};
 pub enum EvalStrategy {
     /// After every epoch.
     Epoch,
+    /// After every so many steps.
+    Steps(usize),
     /// Only after the last step.
     End,
-}
-
-impl FromStr for EvalStrategy {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "epoch" => Ok(Self::Epoch),
-            "end" => Ok(Self::End),
-            _ => Err(format!("eval-strategy is {text:?}; use epoch or end")),
-        }
-    }
 }
 
 /// Settings of a run; the field names are the command line's flags.
@@ -39,6 +29,14 @@ pub struct TrainOptions {
     pub data: PathBuf,
     pub eval_data: Option<PathBuf>,
     pub eval_strategy: EvalStrategy,
+    /// What evaluations are compared by.
+    pub metric_for_best_model: Metric,
+    /// Save the values of the best evaluation in the end, not the last ones.
+    pub load_best_model_at_end: bool,
+    /// End the run once so many evaluations in a row have brought no gain.
+    pub early_stopping_patience: Option<usize>,
+    /// What is no more than this is no gain.
+    pub early_stopping_threshold: f64,
     pub loss: Loss,
     /// Those of the active adapters that learn, the others staying as they are; `None`: all.
     pub adapter_names: Option<Vec<String>>,
@@ -98,6 +96,10 @@ impl TrainOptions {
             data: data.into(),
             eval_data: None,
             eval_strategy: EvalStrategy::Epoch,
+            metric_for_best_model: Metric::EvalLoss,
+            load_best_model_at_end: false,
+            early_stopping_patience: None,
+            early_stopping_threshold: 0.0,
             loss,
             adapter_names: None,
             output: None,
@@ -182,6 +184,9 @@ impl TrainOptions {
             (self.text.max_length != Some(0), "max-length", "at least 1"),
             (self.load.threads != Some(0), "threads", "at least 1"),
             (self.save_steps != Some(0), "save-steps", "at least 1"),
+            (self.eval_strategy != EvalStrategy::Steps(0), "eval-steps", "at least 1"),
+            (self.early_stopping_patience != Some(0), "early-stopping-patience", "at least 1"),
+            (not_negative(self.early_stopping_threshold), "early-stopping-threshold", "a number from 0"),
             (self.save_total_limit != Some(0), "save-total-limit", "at least 1"),
         ];
         if let Some((_, flag, wanted)) = rules.iter().find(|(holds, ..)| !holds) {
@@ -192,6 +197,17 @@ impl TrainOptions {
         }
         if self.warmup_steps > 0 && self.warmup_ratio > 0.0 {
             return Err(Error::config("give warmup-steps or warmup-ratio, not both"));
+        }
+        let wants_best = if self.early_stopping_patience.is_some() {
+            Some("early-stopping-patience")
+        } else {
+            self.load_best_model_at_end.then_some("load-best-model-at-end")
+        };
+        if let (Some(flag), None) = (wants_best, &self.eval_data) {
+            return Err(Error::config(format!("{flag} compares evaluations; give eval-data")));
+        }
+        if self.metric_for_best_model == Metric::EvalAccuracy && self.loss.label_kind() != Some(LabelKind::Class) {
+            return Err(Error::config("metric-for-best-model eval_accuracy is for losses over classes; use eval_loss"));
         }
         Ok(())
     }
@@ -211,7 +227,7 @@ mod tests {
         };
         assert!(with(|_| ()).is_ok());
         type Change = fn(&mut TrainOptions);
-        let cases: [(Change, &str); 22] = [
+        let cases: [(Change, &str); 28] = [
             (|o| o.loss = Loss::CrossEntropy { label_smoothing: 1.5 }, "label-smoothing"),
             (|o| o.loss = Loss::Huber { delta: 0.0 }, "huber-delta"),
             (|o| o.loss = Loss::KlDiv { temperature: -1.0 }, "temperature"),
@@ -234,6 +250,12 @@ mod tests {
             (|o| o.batch_size = Some(0), "batch-size"),
             (|o| o.steps = Some(0), "steps"),
             (|o| (o.steps, o.epochs) = (Some(1), Some(1)), "not both"),
+            (|o| o.eval_strategy = EvalStrategy::Steps(0), "eval-steps"),
+            (|o| o.early_stopping_patience = Some(0), "early-stopping-patience"),
+            (|o| o.early_stopping_threshold = f64::NAN, "early-stopping-threshold"),
+            (|o| o.early_stopping_patience = Some(3), "give eval-data"),
+            (|o| o.load_best_model_at_end = true, "give eval-data"),
+            (|o| o.metric_for_best_model = Metric::EvalAccuracy, "use eval_loss"),
         ];
         for (change, word) in cases {
             let complaint = with(change).unwrap_err().to_string();

@@ -40,6 +40,13 @@ pub(super) fn adapters(model: &Model, injection: &Injection, parameters: &[Param
     Ok(())
 }
 
+/// How large the files are that hold the values which [`adapters`] wrote.
+pub(super) fn adapter_bytes(injection: &Injection, dir: &Path) -> u64 {
+    let file = |name: &str| peft::place(dir, name).map(|dir| dir.join("adapter_model.safetensors")).ok();
+    let names = injection.adapters.iter().filter_map(|a| file(&a.name));
+    names.filter_map(|path| std::fs::metadata(path).ok()).map(|m| m.len()).sum()
+}
+
 /// The adapter with the model's head as one of its saved modules.
 fn with_head(mut adapter: Adapter, injection: &Injection, values: &HashMap<&str, &Tensor>) -> Adapter {
     if let Some(head) = &injection.head {

@@ -28,10 +28,13 @@ fn digits() -> (TempDir, PathBuf) {
 /// Shuffled epochs of 13 steps, each evaluated; a schedule, warm-up, clipping: all that a step can depend on.
 fn command(dir: &Path, out: &str, more: &str) -> Command {
     let words = "train injected.onnx --data train.safetensors --eval-data test.safetensors --loss cross-entropy \
-                 --engine tract --batch-size 32 --schedule linear --warmup-steps 5 --max-grad-norm 1 --seed 3 \
+                 --batch-size 32 --schedule linear --warmup-steps 5 --max-grad-norm 1 --seed 3 \
                  --weight-decay 0.01 --steps";
     let mut command = Command::new(BINARY);
     command.args(words.split_whitespace()).arg(STEPS.to_string()).args(["-o", out]).args(more.split_whitespace());
+    if !more.contains("--engine") {
+        command.args(["--engine", "tract"]);
+    }
     command.current_dir(dir).stdin(Stdio::null());
     command
 }
@@ -44,6 +47,11 @@ fn finished(dir: &Path, out: &str, more: &str) -> String {
     let output = run(dir, out, more);
     assert!(output.status.success(), "{more}: {}", text(&output.stderr));
     text(&output.stderr)
+}
+
+fn finished_json(dir: &Path, out: &str, more: &str) -> serde_json::Value {
+    let output = run(dir, out, &format!("{more} --json"));
+    serde_json::from_slice(&output.stdout).expect("a JSON object")
 }
 
 fn failed(dir: &Path, out: &str, more: &str, parts: &[&str]) {
@@ -100,47 +108,118 @@ fn metrics(out: &Path) -> Vec<String> {
     text.lines().map(|line| line.split(",\"seconds\"").next().unwrap_or_default().to_string()).collect()
 }
 
-/// Adapter, model, curve, metrics and moments are the same bits.
+/// Adapter, model, curves, metrics and moments are the same bits, and all steps are there with 16 evaluations.
 fn same(dir: &Path, alone: &str, other: &str) {
+    same_bits(dir, alone, other);
+    assert_eq!(metrics(&dir.join(alone)).len(), STEPS + 16);
+}
+
+fn same_bits(dir: &Path, alone: &str, other: &str) {
     let (alone, other) = (dir.join(alone), dir.join(other));
+    let last = *checkpoints(&alone).last().expect("a checkpoint");
     for name in [
         "injected.onnx".to_string(),
         "adapter/adapter_model.safetensors".into(),
         "adapter/adapter_config.json".into(),
         "loss.png".into(),
-        format!("checkpoint-{STEPS}/training_state.safetensors"),
+        "learning_rate.png".into(),
+        "eval.png".into(),
+        format!("checkpoint-{last}/training_state.safetensors"),
     ] {
         let bytes = |out: &Path| std::fs::read(out.join(&name)).expect("a file");
         assert!(bytes(&alone) == bytes(&other), "{name} differs");
     }
-    let (alone, other) = (metrics(&alone), metrics(&other));
-    assert_eq!(alone.len(), STEPS + 16);
-    assert_eq!(alone, other);
+    assert_eq!(metrics(&alone), metrics(&other));
+}
+
+/// Kills a run with the flags `more` at `times` random moments, each time gone on with, and lets it end then.
+fn killed(path: &Path, out: &str, more: &str, times: usize) {
+    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a time").as_nanos() as u64;
+    println!("moments from seed {seed}");
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let more = format!("{more} --save-steps 3 --save-total-limit 2 --resume");
+    for round in 0..times {
+        // What a killed run leaves may lie behind its last checkpoint by two steps, which are taken again.
+        let lines = lines(&path.join(out)) + rng.random_range(0..=8);
+        let mut child = started(path, out, &more, lines);
+        std::thread::sleep(Duration::from_micros(rng.random_range(0..5_000)));
+        child.kill().expect("a signal");
+        let output = child.wait_with_output().expect("an end");
+        assert!(output.status.code().is_none(), "round {round} was done before: {}", text(&output.stderr));
+    }
+    finished(path, out, &more);
 }
 
 #[test]
 fn a_run_killed_ten_times_ends_with_the_bits_of_one_left_alone() {
     let (_dir, path) = digits();
     finished(&path, "alone", "--save-steps 1000");
-    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a time").as_nanos() as u64;
-    println!("moments from seed {seed}");
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    killed(&path, "killed", "", 10);
     let out = path.join("killed");
-    for round in 0..10 {
-        // What a killed run leaves may lie behind its last checkpoint by two steps, which are taken again.
-        let more = rng.random_range(0..=8);
-        let mut child = started(&path, "killed", "--save-steps 3 --save-total-limit 2 --resume", lines(&out) + more);
-        std::thread::sleep(Duration::from_micros(rng.random_range(0..5_000)));
-        child.kill().expect("a signal");
-        let output = child.wait_with_output().expect("an end");
-        assert!(output.status.code().is_none(), "round {round} was done before: {}", text(&output.stderr));
-    }
-    finished(&path, "killed", "--save-steps 3 --save-total-limit 2 --resume");
     assert_eq!(checkpoints(&out), [198, 200]);
     same(&path, "alone", "killed");
     // There is nothing left to do, and that is done as often as one likes.
     finished(&path, "killed", "--save-steps 3 --resume");
     same(&path, "alone", "killed");
+}
+
+#[test]
+fn every_optimizer_and_the_best_values_go_on_to_the_same_bits() {
+    for (rule, more) in [
+        ("sgd", "--momentum 0.9 --nesterov --gradient-accumulation-steps 3 --load-best-model-at-end"),
+        ("lion", "--lr 1e-4 --eval-steps 7 --load-best-model-at-end --metric-for-best-model eval_accuracy"),
+        ("adam", "--gradient-accumulation-steps 2 --eval-strategy end --label-smoothing 0.1"),
+    ] {
+        let (_dir, path) = digits();
+        let more = format!("--optimizer {rule} {more}");
+        finished(&path, "alone", &format!("{more} --save-steps 1000"));
+        killed(&path, "killed", &more, 4);
+        same_bits(&path, "alone", "killed");
+    }
+}
+
+#[test]
+fn a_run_that_ends_early_does_so_after_a_resume_and_keeps_the_best_values() {
+    let (_dir, path) = digits();
+    let more = "--lr 0.02 --eval-steps 4 --early-stopping-patience 4 --early-stopping-threshold 0.01";
+    let best = format!("{more} --load-best-model-at-end");
+    finished(&path, "last", &format!("{more} --save-steps 1000"));
+    finished(&path, "alone", &format!("{best} --save-steps 1000"));
+    killed(&path, "killed", &best, 5);
+    same_bits(&path, "alone", "killed");
+    assert_eq!(metrics(&path.join("alone")), metrics(&path.join("last")));
+
+    // The evaluations by hand: the last four gain no more than 0.01 on the best before each.
+    let text = std::fs::read_to_string(path.join("alone/metrics.jsonl")).expect("metrics");
+    let lines: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).expect("json")).collect();
+    let evals: Vec<(usize, f64)> =
+        lines.iter().filter_map(|l| Some((l["step"].as_u64()? as usize, l["eval_loss"].as_f64()?))).collect();
+    let lowest =
+        |evals: &[(usize, f64)]| evals.iter().copied().fold((0, f64::INFINITY), |a, b| if b.1 < a.1 { b } else { a });
+    let waited = (1..evals.len()).rev().take_while(|i| lowest(&evals[..*i]).1 - evals[*i].1 <= 0.01).count();
+    assert_eq!(waited, 4, "{evals:?}");
+    let (step, _) = lowest(&evals);
+    let ended = evals.last().expect("an evaluation").0;
+    assert!(step < ended && ended < STEPS && checkpoints(&path.join("alone")) == [ended], "{evals:?}");
+
+    // The model has the values that the parameters had at that step.
+    finished(&path, "steps", &format!("{best} --save-steps 4"));
+    let state =
+        std::fs::read(path.join(format!("steps/checkpoint-{step}/training_state.safetensors"))).expect("a file");
+    let state = safetensors::SafeTensors::deserialize(&state).expect("tensors");
+    let model = |out: &str| std::fs::read(path.join(out).join("injected.onnx")).expect("a file");
+    let (alone, last) = (model("alone"), model("last"));
+    let holds = |model: &[u8], part: &[u8]| model.windows(part.len()).any(|bytes| bytes == part);
+    let values: Vec<_> = state.iter().filter(|(name, _)| name.starts_with("parameter/")).collect();
+    assert_eq!(values.len(), 3);
+    for (name, value) in values {
+        assert!(holds(&alone, value.data()) && !holds(&last, value.data()), "{name}");
+    }
+
+    let said = finished(&path, "alone", &format!("{best} --resume"));
+    assert!(said.contains(&format!("going on after step {ended}\n")), "{said}");
+    let evaluated = finished_json(&path, "alone", &format!("{best} --resume"));
+    assert_eq!((evaluated["best"]["step"].as_u64(), &evaluated["stopped_early"]), (Some(step as u64), &true.into()));
 }
 
 #[test]

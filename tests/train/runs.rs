@@ -47,7 +47,10 @@ fn the_same_seed_gives_the_same_bytes_and_another_seed_others() {
         assert_eq!(bytes(&a, name), bytes(&b, name), "{name}");
     }
     assert_ne!(bytes(&a, "injected.onnx"), bytes(&c, "injected.onnx"));
-    assert_eq!(files(&a), ["adapter", "injected.onnx", "learning_rate.png", "loss.png", "metrics.jsonl"]);
+    assert_eq!(
+        files(&a),
+        ["adapter", "injected.onnx", "learning_rate.png", "loss.png", "metrics.jsonl", "report.html", "tensorboard"]
+    );
     assert_eq!(files(&a.join("adapter")), ["README.md", "adapter_config.json", "adapter_model.safetensors"]);
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::cli::engine::EngineArgs;
 use crate::train::schedule::Shape;
-use crate::train::{Distance, EvalStrategy, Loss, TrainOptions};
+use crate::train::{Distance, Loss, Metric, TrainOptions};
 
 /// Train an injected model's adapters (and head) on your data
 #[derive(clap::Args)]
@@ -12,7 +12,8 @@ pub struct Arguments {
     /// The injected model
     pub model: PathBuf,
 
-    /// Directory for what the run leaves: injected.onnx, adapter/, metrics.jsonl, loss.png, train.toml
+    /// Directory for what the run leaves: injected.onnx, adapter/, report.html, metrics.jsonl, curves, tensorboard/,
+    /// train.toml
     #[arg(short, long)]
     pub output_dir: PathBuf,
 
@@ -28,9 +29,30 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     pub eval_data: Option<PathBuf>,
 
-    /// When to evaluate: after every epoch, or at the end only
-    #[arg(long, default_value = "epoch")]
-    pub eval_strategy: EvalStrategy,
+    /// When to evaluate: after every epoch, after every --eval-steps steps, or at the end only [default: epoch, or
+    /// steps where --eval-steps is given]
+    #[arg(long, value_parser = ["epoch", "steps", "end"])]
+    pub eval_strategy: Option<String>,
+
+    /// Steps from one evaluation to the next
+    #[arg(long, value_name = "N")]
+    pub eval_steps: Option<usize>,
+
+    /// Save the values of the best evaluation in the end, not the last ones
+    #[arg(long)]
+    pub load_best_model_at_end: bool,
+
+    /// What evaluations are compared by: eval_loss, or eval_accuracy for losses over classes
+    #[arg(long, default_value = "eval_loss")]
+    pub metric_for_best_model: Metric,
+
+    /// End the run after N evaluations in a row without a gain
+    #[arg(long, value_name = "N")]
+    pub early_stopping_patience: Option<usize>,
+
+    /// What is no more than this is no gain
+    #[arg(long, default_value_t = 0.0)]
+    pub early_stopping_threshold: f64,
 
     /// With class ids (-100 is left out): cross-entropy, causal-lm (each token against the next one's label); with
     /// numbers: bce-with-logits, mse, mae, huber; with rows: kl-div (soft targets), cosine-embedding; of pairs, without

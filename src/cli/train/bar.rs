@@ -15,12 +15,14 @@ pub struct Bar<'a> {
     /// Print a line for every evaluation.
     evaluations: bool,
     bar: ProgressBar,
+    /// In a step.
+    samples: usize,
     interrupted: Arc<AtomicBool>,
 }
 
 impl<'a> Bar<'a> {
     pub fn new(printer: &'a Printer, evaluations: bool) -> Self {
-        Self { printer, evaluations, bar: ProgressBar::hidden(), interrupted: Arc::default() }
+        Self { printer, evaluations, bar: ProgressBar::hidden(), samples: 0, interrupted: Arc::default() }
     }
 }
 
@@ -51,6 +53,7 @@ impl Progress for Bar<'_> {
         }
         self.bar = self.printer.bar(plan.steps as u64).with_position(plan.steps_taken as u64);
         self.bar.reset_eta();
+        self.samples = plan.batch_size;
     }
 
     fn warned(&mut self, what: &str) {
@@ -59,7 +62,8 @@ impl Progress for Bar<'_> {
 
     fn step(&mut self, report: &StepReport) {
         self.bar.set_position(report.step as u64);
-        self.bar.set_message(format!("loss {:.4}  lr {:.2e}", report.loss, report.lr));
+        let rate = self.bar.per_sec() * self.samples as f64;
+        self.bar.set_message(format!("loss {:.4}  lr {:.2e}  {rate:.1} samples/s", report.loss, report.lr));
     }
 
     fn stop(&self) -> bool {

@@ -75,14 +75,17 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
         "last_loss": summary.steps.last().map(|s| s.loss),
         "eval_loss": last.map(|e| e.eval_loss),
         "eval_accuracy": last.and_then(|e| e.eval_accuracy),
+        "best": summary.best,
+        "best_kept": summary.best_kept,
+        "stopped_early": summary.stopped_early,
         "seconds": summary.seconds,
+        "samples_per_second": summary.samples_per_second,
+        "peak_memory_bytes": summary.peak_memory,
+        "adapter_bytes": summary.adapter_bytes,
     });
     printer.result(&value, |p| print(&summary, p));
     if !summary.steps.is_empty() {
-        printer.say(format!(
-            "wrote {}: injected.onnx, adapter/, metrics.jsonl, loss.png, train.toml",
-            args.output_dir.display()
-        ));
+        printer.say(format!("wrote {}: injected.onnx, adapter/, report.html", args.output_dir.display()));
     }
     Ok(())
 }

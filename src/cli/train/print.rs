@@ -1,7 +1,7 @@
 //! What `train` says when it is done.
 
 use crate::cli::printer::Printer;
-use crate::train::{EvalReport, Summary};
+use crate::train::{EvalReport, Summary, size};
 
 /// The command line `args` with `--resume`, for a shell.
 pub fn resume_command(args: impl Iterator<Item = String>) -> String {
@@ -21,10 +21,22 @@ pub fn resume_command(args: impl Iterator<Item = String>) -> String {
 pub fn print(summary: &Summary, p: &Printer) {
     if let (Some(first), Some(last)) = (summary.steps.first(), summary.steps.last()) {
         let (steps, seconds) = (summary.steps.len() - summary.steps_before, summary.seconds);
-        p.line(&format!("{steps} steps in {seconds:.1} s, loss {:.4} → {:.4}", first.loss, last.loss));
+        let rate = summary.samples_per_second;
+        let (first, last) = (first.loss, last.loss);
+        p.line(&format!("{steps} steps in {seconds:.1} s ({rate:.1} samples/s), loss {first:.4} → {last:.4}"));
+    }
+    if summary.stopped_early {
+        p.line("stopped early: evaluations became no better");
     }
     if let Some(eval) = summary.evals.last() {
         p.line(&eval_text(eval));
+    }
+    if let Some(best) = summary.best.filter(|best| summary.evals.last() != Some(best)) {
+        p.line(&format!("best {}{}", eval_text(&best), if summary.best_kept { "; its values are saved" } else { "" }));
+    }
+    let memory = summary.peak_memory.map(|bytes| format!("peak memory {}, ", size(bytes))).unwrap_or_default();
+    if !summary.steps.is_empty() {
+        p.line(&format!("{memory}adapter {}", size(summary.adapter_bytes)));
     }
 }
 

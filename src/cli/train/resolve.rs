@@ -5,7 +5,7 @@ use crate::cli::inject::pool;
 use crate::train::data::TextOptions;
 use crate::train::optimizer::Rule;
 use crate::train::schedule::Shape;
-use crate::train::{Loss, Pooling, TrainOptions};
+use crate::train::{EvalStrategy, Loss, Pooling, TrainOptions};
 use crate::{Error, Result};
 
 /// Fails where a flag was `given` that is for other choices than the one made.
@@ -85,11 +85,27 @@ impl Arguments {
         Ok(shape)
     }
 
+    fn eval_strategy(&self) -> Result<EvalStrategy> {
+        let strategy = self.eval_strategy.as_deref();
+        let steps = matches!(strategy, Some("steps"));
+        only_for(self.eval_steps.is_some() && strategy.is_some() && !steps, "eval-steps", "--eval-strategy steps")?;
+        match (strategy, self.eval_steps) {
+            (_, Some(every)) => Ok(EvalStrategy::Steps(every)),
+            (Some("steps"), None) => Err(Error::config("eval-strategy steps needs eval-steps")),
+            (Some("end"), None) => Ok(EvalStrategy::End),
+            _ => Ok(EvalStrategy::Epoch),
+        }
+    }
+
     /// What the run is asked to do; fails where options do not go together.
     pub fn options(&self) -> Result<TrainOptions> {
         Ok(TrainOptions {
             eval_data: self.eval_data.clone(),
-            eval_strategy: self.eval_strategy,
+            eval_strategy: self.eval_strategy()?,
+            load_best_model_at_end: self.load_best_model_at_end,
+            metric_for_best_model: self.metric_for_best_model,
+            early_stopping_patience: self.early_stopping_patience,
+            early_stopping_threshold: self.early_stopping_threshold,
             adapter_names: self.adapter_names.clone(),
             output: self.output.clone(),
             pooling: Pooling { pool: pool(&self.pool), mask: self.pool_mask.clone() },
