@@ -254,6 +254,22 @@ fn a_weight_of_two_hundred_gigabytes_is_not_read_to_inspect_inject_or_unload() {
 }
 
 #[test]
+fn sizes_of_packed_modules_and_nodes_before_a_weight() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let fixture = |name: &str| format!("{}/fixtures/exported/{name}", env!("CARGO_MANIFEST_DIR"));
+    let base = fixture("packed_groups.ts17.onnx");
+    let inject = ["inject", &base, "-o", "out.onnx", "--target-modules", "q_proj,v_proj", "--r", "2"];
+    refused(&inject, dir.path(), "out.onnx", &["--packed-sizes q_proj=…,k_proj=…,v_proj=…"]);
+    let sized = |sizes| [&inject[..], &["--packed-sizes", sizes]].concat();
+    refused(&sized("q_proj=8,k_proj=4,v_proj=5"), dir.path(), "out.onnx", &["qkv_proj", "16 outputs"]);
+    assert!(text(&bone(&sized("q_proj:8"), dir.path()).stderr).contains("NAME=N"));
+    assert!(done(&sized("q_proj=8,k_proj=4,v_proj=4"), dir.path()).contains("2 layers adapted"));
+    done(&["fold", "out.onnx", "-o", "merged.onnx"], dir.path());
+    let layers = done(&["inspect", &fixture("weights_f16.ts17.onnx")], dir.path());
+    assert!(layers.contains("float16 (Cast, Mul, Transpose)"), "{layers}");
+}
+
+#[test]
 fn modules_that_are_not_there() {
     let (_dir, path) = with_network();
     let args = ["inject", "base.onnx", "-o", "out.onnx", "--target-modules", "fc_1"];
