@@ -8,7 +8,7 @@
 Checks: the losses of 50 steps on CUDA against the CPU's, within 1e-4 in float32; from the engine's profile, that no node
 of a gradient graph falls to the CPU; step time and peak memory against PyTorch with the same Bone adapters, for an
 encoder of 6 layers (batch 64 x 128, float32) and a Llama-shaped decoder of a billion parameters (batch 4 x 512,
-bfloat16). The models have random weights and are written here, byte by byte: only Python is needed, and PyTorch for
+bfloat16: --precision on float32 weights here, bfloat16 weights there). The models have random weights and are written here, byte by byte: only Python is needed, and PyTorch for
 the comparison (without it the rows say so).
 
 A GPU machine that no registry reaches: with the parts that pack ONNX Runtime's CUDA provider in DIR, and the binary in
@@ -181,7 +181,7 @@ class Encoder:
     targets = r".*\.(query|key|value|dense)"
 
     def __init__(self, dtype, hidden, heads, inner, layers, vocabulary, batch, length):
-        self.dtype, self.hidden, self.heads, self.inner = dtype, hidden, heads, inner
+        self.dtype, self.computes, self.hidden, self.heads, self.inner = dtype, dtype, hidden, heads, inner
         self.layers, self.vocabulary, self.batch, self.length = layers, vocabulary, batch, length
 
     def shapes(self):
@@ -261,10 +261,10 @@ class Decoder:
     loss = "causal-lm"
     targets = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
-    def __init__(self, dtype, hidden, heads, groups, inner, layers, vocabulary, batch, length):
+    def __init__(self, dtype, hidden, heads, groups, inner, layers, vocabulary, batch, length, computes="float32"):
         self.dtype, self.hidden, self.heads, self.groups, self.inner = dtype, hidden, heads, groups, inner
         self.layers, self.vocabulary, self.batch, self.length = layers, vocabulary, batch, length
-        self.size = hidden // heads
+        self.size, self.computes = hidden // heads, computes
 
     def shapes(self):
         h, i, kv = self.hidden, self.inner, self.groups * self.size
@@ -375,7 +375,7 @@ class Decoder:
 SIZES = {  # name: (for a GPU, for --cpu)
     "parity": (Encoder("float32", 384, 12, 1536, 6, 30522, 8, 32), Encoder("float32", 32, 2, 64, 2, 100, 4, 8)),
     "encoder": (Encoder("float32", 384, 12, 1536, 6, 30522, 64, 128), Encoder("float32", 32, 2, 64, 2, 100, 4, 8)),
-    "decoder": (Decoder("bfloat16", 2048, 32, 8, 8192, 16, 32000, 4, 512), Decoder("float32", 32, 4, 2, 64, 2, 100, 2, 8)),
+    "decoder": (Decoder("float32", 2048, 32, 8, 8192, 16, 32000, 4, 512, "bfloat16"), Decoder("float32", 32, 4, 2, 64, 2, 100, 2, 8)),
 }
 
 
@@ -450,7 +450,7 @@ class Bench:
         """Trains with bone-onnx: losses, seconds of a step, peak memory."""
         spec, home = self.model(name)
         out = home / f"run-{device.replace(':', '')}{'-'.join(more)}"
-        options = ["--loss", spec.loss, "--steps", steps, "--batch-size", spec.batch, "--lr", LR, "--no-shuffle", "--device", device, *more]
+        options = ["--loss", spec.loss, "--steps", steps, "--batch-size", spec.batch, "--lr", LR, "--no-shuffle", "--device", device, "--precision", spec.computes, *more]
         subprocess.run(["rm", "-rf", str(out)], check=True)
         _, peak = self.run(self.args.bin, "--quiet", "train", home / "injected.onnx", "-o", out, "--data", home / "data.safetensors", "--engine", "onnxruntime", *options, device_memory=device != "cpu")
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -499,7 +499,8 @@ def rival(args):
     device, dtype = ("cpu" if args.cpu else "cuda"), getattr(torch, spec.dtype)
     torch.backends.cuda.matmul.allow_tf32 = False
     raw = torch.from_file(str(home / "weights.bin"), size=(home / "weights.bin").stat().st_size, dtype=torch.uint8)
-    weights = {name: raw[at : at + size].view(dtype).view(dims).to(device) for name, (dims, at, size) in json.loads((home / "weights.json").read_text()).items()}
+    computes = getattr(torch, spec.computes)
+    weights = {name: raw[at : at + size].view(dtype).view(dims).to(device, computes) for name, (dims, at, size) in json.loads((home / "weights.json").read_text()).items()}
     data = (home / "data.safetensors").read_bytes()
     head = struct.unpack("<Q", data[:8])[0]
     arrays = {}
@@ -552,7 +553,7 @@ def parity(bench):
 def profile(bench):
     for name in ("encoder", "decoder"):
         spec, home = bench.model(name)
-        command = [bench.args.bin, "--json", "doctor", "--graph", home / "injected.onnx", "--engine", "onnxruntime", "--batch-size", min(spec.batch, 4), "--length", spec.length, "--device", "cpu" if bench.cpu else "cuda"]
+        command = [bench.args.bin, "--json", "doctor", "--graph", home / "injected.onnx", "--engine", "onnxruntime", "--batch-size", min(spec.batch, 4), "--length", spec.length, "--precision", spec.computes, "--device", "cpu" if bench.cpu else "cuda"]
         done = subprocess.run([str(part) for part in command], env=bench.env, capture_output=True, text=True)
         if not done.stdout.startswith("{"):
             raise RuntimeError(done.stderr)
@@ -563,20 +564,20 @@ def profile(bench):
         for node in fallen:
             say(f"{name}: on the CPU: {node['op']} {node['name']}")
         kinds = ", ".join(sorted({node["op"] for node in fallen}))
-        yield f"{name} ({spec.dtype}): nodes of the gradient graph that fell to the CPU, of {report['nodes']}; copies to or from it", f"{len(fallen)}{f' ({kinds})' if kinds else ''}; {report['copies']}", "0", not fallen
+        yield f"{name} ({spec.computes}): nodes of the gradient graph that fell to the CPU, of {report['nodes']}; copies to or from it", f"{len(fallen)}{f' ({kinds})' if kinds else ''}; {report['copies']}", "0", not fallen
 
 
 def speed(name):
     def check(bench):
         spec, steps = SIZES[name][int(bench.cpu)], 12 if bench.cpu else 30
-        label = f"{name} of {spec.layers} layers, {spec.batch} × {spec.length}, {spec.dtype}"
+        label = f"{name} of {spec.layers} layers, {spec.batch} × {spec.length}, {spec.computes}"
         losses, seconds, memory = bench.train(name, "cpu" if bench.cpu else "cuda", steps)
         theirs = bench.rival(name, steps)
         if theirs is None:
             yield f"{label}: time of a step, peak memory", f"{seconds * 1e3:.1f} ms, {memory / 2**20:.0f} MiB", "PyTorch is not installed here", None
             return
         off = worst(losses, theirs[0])
-        bound = 1e-3 if spec.dtype == "float32" else 3e-2
+        bound = 1e-3 if spec.computes == "float32" else 3e-2
         yield f"{label}: losses against PyTorch's, worst relative difference", f"{off:.1e}", f"≤ {bound:g}", off <= bound
         yield f"{label}: time of a step against PyTorch's", f"{seconds * 1e3:.1f} ms against {theirs[1] * 1e3:.1f} ms, {seconds / theirs[1]:.2f}×", "", None
         yield f"{label}: peak memory against PyTorch's", f"{memory / 2**20:.0f} MiB against {theirs[2] / 2**20:.0f} MiB, {memory / max(theirs[2], 1):.2f}×", "", None

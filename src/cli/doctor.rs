@@ -9,7 +9,7 @@ use super::engine::EngineArgs;
 use super::printer::Printer;
 use crate::engine::{self, Device, EngineKind, NodeRun, doctor};
 use crate::onnx::{Model, Tensor};
-use crate::train::probe;
+use crate::train::{Precision, probe};
 use crate::verify::check_gradient;
 use crate::{Error, Result};
 
@@ -45,6 +45,10 @@ pub struct Args {
     #[arg(long, default_value_t = 16, requires = "graph")]
     length: usize,
 
+    /// With --graph: what products are computed in, as for train
+    #[arg(long, default_value = "f32", requires = "graph")]
+    precision: Precision,
+
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -62,7 +66,7 @@ fn graph(args: &Args, path: &Path, printer: &Printer) -> Result<()> {
     let engine = args.engine.open(printer)?;
     let options = args.engine.load_options();
     let sizes = (args.batch_size.max(1), args.length.max(1));
-    let probe = probe(&model, engine.as_ref(), &options, args.output.as_deref(), sizes)?;
+    let probe = probe(&model, engine.as_ref(), &options, args.output.as_deref(), sizes, args.precision)?;
     let inputs: Vec<(&str, &Tensor)> = probe.inputs.iter().map(|(name, value)| (name.as_str(), value)).collect();
     let nodes = engine.profile(&probe.model, &inputs, &options)?;
 

@@ -2,7 +2,7 @@
 
 use super::printer::Printer;
 use crate::Result;
-use crate::engine::{self, Device, Engine, EngineKind, LoadOptions};
+use crate::engine::{self, Arena, ArenaStrategy, Device, Engine, EngineKind, LoadOptions};
 
 #[derive(clap::Args, Clone)]
 pub struct EngineArgs {
@@ -17,12 +17,23 @@ pub struct EngineArgs {
     /// Threads inside an operator [default: the physical cores]
     #[arg(long)]
     pub threads: Option<usize>,
+
+    /// How ONNX Runtime's memory grows: next-power-of-two, same-as-requested (CUDA: less memory), none (CPU: least memory,
+    /// several times slower)
+    #[arg(long, default_value = "next-power-of-two")]
+    pub arena_extend_strategy: ArenaStrategy,
+
+    /// MiB of a CUDA device's memory that are not exceeded
+    #[arg(long, value_name = "MIB")]
+    pub gpu_mem_limit: Option<usize>,
 }
 
 impl EngineArgs {
     /// Opens the engine and says which it is.
     pub fn open(&self, printer: &Printer) -> Result<Box<dyn Engine>> {
-        let engine = engine::open(self.engine, self.device)?;
+        let limit = self.gpu_mem_limit.map(|mebibytes| mebibytes.saturating_mul(1 << 20));
+        let arena = Arena { strategy: self.arena_extend_strategy, limit };
+        let engine = engine::open_with(self.engine, self.device, arena)?;
         printer.say(format!("engine: {}", engine.describe()));
         Ok(engine)
     }

@@ -63,7 +63,7 @@ pub fn doctor() -> Doctor {
         }
     }
     checks.push(check(&Tract));
-    let (auto, problem) = match super::open_in(&places, EngineKind::Auto, Device::Cpu) {
+    let (auto, problem) = match super::open_in(&places, EngineKind::Auto, Device::Cpu, super::Arena::default()) {
         Ok(engine) => (Some(engine.describe()), None),
         Err(e) => (None, Some(e.to_string())),
     };

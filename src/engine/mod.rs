@@ -146,12 +146,69 @@ impl fmt::Display for Device {
     }
 }
 
-/// Opens an engine. One process holds one ONNX Runtime library: the first that is opened stays.
-pub fn open(kind: EngineKind, device: Device) -> Result<Box<dyn Engine>> {
-    open_in(&Places::from_env(), kind, device)
+/// How ONNX Runtime takes memory from a device. What is computed does not depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Arena {
+    pub strategy: ArenaStrategy,
+    /// Bytes of a CUDA device that are not exceeded.
+    pub limit: Option<usize>,
 }
 
-fn open_in(places: &Places, kind: EngineKind, device: Device) -> Result<Box<dyn Engine>> {
+/// How an arena grows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ArenaStrategy {
+    /// To the next power of two: few allocations, and up to twice the memory (ONNX Runtime's default).
+    #[default]
+    NextPowerOfTwo,
+    /// By what is asked for (CUDA only).
+    SameAsRequested,
+    /// There is none: every tensor is allocated by itself, slowly, and given back at once (CPU only).
+    None,
+}
+
+impl FromStr for ArenaStrategy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "next-power-of-two" => Ok(Self::NextPowerOfTwo),
+            "same-as-requested" => Ok(Self::SameAsRequested),
+            "none" => Ok(Self::None),
+            _ => Err(format!("arena strategy is {text:?}; use next-power-of-two, same-as-requested or none")),
+        }
+    }
+}
+
+impl Arena {
+    /// Fails on what `device` has not.
+    fn check(self, device: Device) -> Result<()> {
+        match (device, self.strategy) {
+            (Device::Cpu, _) if self.limit.is_some() => {
+                Err(Error::config("gpu-mem-limit is for --device cuda; leave it out on the CPU"))
+            }
+            (Device::Cpu, ArenaStrategy::SameAsRequested) => Err(Error::config(
+                "arena-extend-strategy same-as-requested is for --device cuda; on the CPU there are next-power-of-two and none",
+            )),
+            (Device::Cuda(_), ArenaStrategy::None) => Err(Error::config(
+                "arena-extend-strategy none is for the CPU; on CUDA there are next-power-of-two and same-as-requested",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Opens an engine. One process holds one ONNX Runtime library: the first that is opened stays.
+pub fn open(kind: EngineKind, device: Device) -> Result<Box<dyn Engine>> {
+    open_with(kind, device, Arena::default())
+}
+
+/// [`open`], with settings of its memory (which tract has not).
+pub fn open_with(kind: EngineKind, device: Device, arena: Arena) -> Result<Box<dyn Engine>> {
+    arena.check(device)?;
+    open_in(&Places::from_env(), kind, device, arena)
+}
+
+fn open_in(places: &Places, kind: EngineKind, device: Device, arena: Arena) -> Result<Box<dyn Engine>> {
     if kind == EngineKind::Tract {
         return match device {
             Device::Cpu => Ok(Box::new(Tract)),
@@ -159,7 +216,7 @@ fn open_in(places: &Places, kind: EngineKind, device: Device) -> Result<Box<dyn 
         };
     }
     match discover::pick(places, device)? {
-        Some(library) => Ok(Box::new(OnnxRuntime::open(&library.path, device)?)),
+        Some(library) => Ok(Box::new(OnnxRuntime::open(&library.path, device)?.with_arena(arena))),
         None if kind == EngineKind::Auto && device == Device::Cpu => Ok(Box::new(Tract)),
         None => Err(onnxruntime::error(discover::none_found(device))),
     }

@@ -15,7 +15,10 @@ use prost::Message;
 use super::guard::guarded;
 use super::lent::{self, Lent};
 use super::signature::Signature;
-use super::{Device, Engine, LARGE_WEIGHTS, LoadOptions, Memory, NodeRun, Resident, Session, cuda, discover, profile};
+use super::{
+    Arena, ArenaStrategy, Device, Engine, LARGE_WEIGHTS, LoadOptions, Memory, NodeRun, Resident, Session, cuda,
+    discover, profile,
+};
 use crate::onnx::{ModelProto, Tensor};
 use crate::{Error, Result};
 
@@ -71,19 +74,25 @@ fn log(level: LogLevel, _category: &str, _id: &str, place: &str, message: &str) 
 pub struct OnnxRuntime {
     runtime: &'static Runtime,
     device: Device,
+    arena: Arena,
 }
 
 impl OnnxRuntime {
     /// Loads `library` (or goes on with the one this process has loaded) and makes sure that `device` works.
     pub fn open(library: &Path, device: Device) -> Result<Self> {
         let runtime = Runtime::get(library)?;
-        let engine = Self { runtime, device };
+        let engine = Self { runtime, device, arena: Arena::default() };
         if let Device::Cuda(_) = device {
             cuda::prepare(&runtime.path, &runtime.version)?;
             // Only a session touches the device; a model of one node does.
             engine.load(&super::doctor::tiny_model(), &LoadOptions::default())?;
         }
         Ok(engine)
+    }
+
+    /// The same engine with other settings of its memory.
+    pub fn with_arena(self, arena: Arena) -> Self {
+        Self { arena, ..self }
     }
 
     /// Execution providers compiled into the library (which need not mean that their devices are there).
@@ -110,15 +119,28 @@ impl OnnxRuntime {
         let builder = builder.with_log_level(LogLevel::Warning).map_err(told)?;
         let builder = builder.with_optimization_level(level).map_err(told)?;
         let builder = builder.with_intra_threads(threads).map_err(told)?;
+        // A pattern would be one block for all of a run's tensors, taken in the second run beside what the first one took:
+        // twice the memory (measured).
+        let builder = builder.with_memory_pattern(false).map_err(told)?;
         // Spinning threads halve the speed of a machine that does anything else besides (measured).
         let builder = builder.with_intra_op_spinning(false).map_err(told)?;
         match self.device {
+            Device::Cpu if self.arena.strategy == ArenaStrategy::None => {
+                let provider = ort::ep::CPU::default().with_arena_allocator(false).build();
+                builder.with_execution_providers([provider.error_on_failure()]).map_err(told)
+            }
             Device::Cpu => Ok(builder),
             Device::Cuda(id) => {
                 // f32 products in TF32 would keep 10 bits; PyTorch's default is full precision too.
-                let provider = ort::ep::CUDA::default().with_device_id(id as i32).with_tf32(false).build();
+                let mut provider = ort::ep::CUDA::default().with_device_id(id as i32).with_tf32(false);
+                if self.arena.strategy == ArenaStrategy::SameAsRequested {
+                    provider = provider.with_arena_extend_strategy(ort::ep::ArenaExtendStrategy::SameAsRequested);
+                }
+                if let Some(limit) = self.arena.limit {
+                    provider = provider.with_memory_limit(limit);
+                }
                 builder
-                    .with_execution_providers([provider.error_on_failure()])
+                    .with_execution_providers([provider.build().error_on_failure()])
                     .map_err(|e| error(cuda::explain(e.message(), &self.runtime.path)))
             }
         }

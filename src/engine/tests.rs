@@ -306,13 +306,15 @@ fn cuda_fails_strictly_where_there_is_none() {
 #[test]
 fn auto_takes_tract_where_there_is_no_library_but_not_for_cuda() {
     let nowhere = Places::default();
-    let open = |kind, device| open_in(&nowhere, kind, device).map(|e| e.name()).map_err(|e| e.to_string());
+    let open =
+        |kind, device| open_in(&nowhere, kind, device, Arena::default()).map(|e| e.name()).map_err(|e| e.to_string());
     assert_eq!(open(EngineKind::Auto, Device::Cpu), Ok("tract"));
     assert!(open(EngineKind::OnnxRuntime, Device::Cpu).unwrap_err().contains("pip install onnxruntime"));
     assert!(open(EngineKind::Auto, Device::Cuda(0)).unwrap_err().contains("libonnxruntime"));
     // A path that was set by hand is never passed over.
     let explicit = Places { explicit: Some("/no/such/library.so".into()), ..Places::default() };
-    let error = open_in(&explicit, EngineKind::Auto, Device::Cpu).map(|e| e.name()).unwrap_err().to_string();
+    let error =
+        open_in(&explicit, EngineKind::Auto, Device::Cpu, Arena::default()).map(|e| e.name()).unwrap_err().to_string();
     assert!(error.contains("ORT_DYLIB_PATH=/no/such/library.so"), "{error}");
 }
 

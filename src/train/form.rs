@@ -25,12 +25,13 @@ const BIAS: usize = 2;
 const BLOCKS: usize = 3;
 
 /// Puts the active adapters into `model` (the base in memory, and the parameters of the adapters) in the form to train
-/// in, and returns the rules that differentiate the result.
-pub fn training_form(model: &mut ModelProto, learners: &Learners) -> Result<Rules> {
+/// in, and returns the rules that differentiate the result. `beside`: blocks stay beside their layers, where they are not
+/// rounded to what the weights are.
+pub fn training_form(model: &mut ModelProto, learners: &Learners, beside: bool) -> Result<Rules> {
     let initializers = model.graph.iter().flat_map(|g| &g.initializer);
     let weights: usize = initializers.filter_map(|t| t.raw_data.as_ref()).map(|raw| raw.len()).sum();
     // Only the merged form drops inputs out.
-    let merged = weights < LARGE_WEIGHTS || learners.dropout.is_some();
+    let merged = (weights < LARGE_WEIGHTS && !beside) || learners.dropout.is_some();
     in_form(model, learners, merged)
 }
 

@@ -6,6 +6,8 @@ use super::data::{Batch, Field};
 use super::flat::{Flat, FlatNames, flatten};
 use super::form;
 use super::loss::{self, Loss, LossNames, Pooling};
+use super::precision::{self, Precision};
+use super::recompute::recompute;
 use crate::adapter::Injection;
 use crate::autodiff::{self, Request, Rules, Seed};
 use crate::base::Base;
@@ -95,6 +97,9 @@ pub struct Task<'a> {
     pub columns: &'a [Field],
     /// Parts of a sample.
     pub roles: usize,
+    pub precision: Precision,
+    /// Whether activations are computed again on the way back (`recompute.rs`).
+    pub recompute: bool,
 }
 
 /// A loss over a model whose parameters are inputs, ready to be loaded with or without gradients.
@@ -105,6 +110,8 @@ pub struct LossModel {
     names: LossNames,
     output: String,
     parameters: Vec<String>,
+    precision: Precision,
+    pub(super) recompute: bool,
 }
 
 impl LossModel {
@@ -119,8 +126,9 @@ impl LossModel {
         proto.graph.iter_mut().for_each(|g| g.initializer.extend(held.clone().cloned()));
         functions::write_out(&mut proto)?;
         upgrade(&mut proto, OPSET)?;
-        let rules = form::training_form(&mut proto, &learners)?;
+        let rules = form::training_form(&mut proto, &learners, task.precision != Precision::F32)?;
         promote(&mut proto, parameters);
+        precision::lower(&mut proto, task.precision)?;
         let mut output = task.output.clone();
         task.pooling.append(&mut proto, &mut output);
         let names = loss::append(&mut proto, task.loss, &output, task.columns, task.roles)?;
@@ -128,7 +136,8 @@ impl LossModel {
             graph.output.retain(|o| o.name() == output.name || o.name() == names.loss);
         }
         let parameters = parameters.iter().map(|p| p.name.clone()).collect();
-        Ok(Self { model: proto, rules, names, output: output.name, parameters })
+        let (output, precision, recompute) = (output.name, task.precision, task.recompute);
+        Ok(Self { model: proto, rules, names, output, parameters, precision, recompute })
     }
 
     /// Derives the gradients and loads them with the loss.
@@ -137,7 +146,7 @@ impl LossModel {
     /// Every operator on the way from the loss to a parameter that has no derivative rule, by name.
     pub fn gradient(&self, engine: &dyn Engine, options: &LoadOptions) -> Result<GradientSession> {
         let derived = self.derive()?;
-        let session = engine.load(&derived.model, options)?;
+        let session = self.load(&derived.model, engine, options)?;
         Ok(self.session(session, derived.gradients, derived.scale))
     }
 
@@ -151,7 +160,7 @@ impl LossModel {
     ) -> Result<(GradientSession, FlatNames)> {
         let mut derived = self.derive()?;
         let names = flatten(&mut derived.model, flats, parameters, &derived.gradients)?;
-        let session = engine.load(&derived.model, options)?;
+        let session = self.load(&derived.model, engine, options)?;
         Ok((self.session(session, names.gradients.clone(), derived.scale), names))
     }
 
@@ -161,6 +170,10 @@ impl LossModel {
         let derived = self.derive()?;
         let scale = derived.scale.map(|s| (s.name, s.value));
         Ok((derived.model, self.names.targets.iter().cloned().zip(targets).chain(scale).collect()))
+    }
+
+    fn load(&self, model: &ModelProto, engine: &dyn Engine, options: &LoadOptions) -> Result<Box<dyn Session>> {
+        engine.load(model, options).map_err(|e| self.precision.explain(e, &engine.describe()))
     }
 
     fn derive(&self) -> Result<Derived> {
@@ -176,6 +189,9 @@ impl LossModel {
         };
         let mut gradient = autodiff::gradient_with(&model, &request, &self.rules)?;
         gradient.model.graph.iter_mut().for_each(form::lower);
+        if self.recompute {
+            recompute(&mut gradient.model, &self.names.loss, &self.parameters)?;
+        }
         // The seed is the last of the inputs.
         let last = gradient.model.graph.iter().flat_map(|g| &g.input).next_back().filter(|_| seed == Seed::Input);
         let scale = last.map(|i| Scale { name: i.name().into(), value: Tensor::scalar(LARGEST_SCALE) });
@@ -200,7 +216,7 @@ impl LossModel {
     pub fn forward(&self, engine: &dyn Engine, options: &LoadOptions) -> Result<ForwardSession> {
         let mut model = self.model.clone();
         model.graph.iter_mut().for_each(form::lower);
-        let session = engine.load(&model, options)?;
+        let session = self.load(&model, engine, options)?;
         let wanted = [self.names.loss.clone(), self.output.clone()];
         Ok(ForwardSession { session, targets: self.names.targets.clone(), wanted })
     }

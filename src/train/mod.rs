@@ -23,7 +23,10 @@ mod loss;
 mod metrics;
 pub mod optimizer;
 mod options;
+mod plan;
+mod precision;
 mod probe;
+mod recompute;
 mod report;
 mod save;
 pub mod schedule;
@@ -39,6 +42,8 @@ pub use best::Metric;
 pub use loss::{Distance, Loss, Pooling};
 pub use metrics::{EvalReport, StepReport};
 pub use options::{EvalStrategy, TrainOptions};
+pub use plan::MemoryPlan;
+pub use precision::Precision;
 pub use probe::{Probe, probe};
 pub use report::size;
 
@@ -62,6 +67,8 @@ use tensorboard::EventsFile;
 
 /// Watches a run. The library itself prints nothing.
 pub trait Progress {
+    /// What memory the run would take, where nothing but that was asked for.
+    fn planned(&mut self, _memory: &MemoryPlan) {}
     /// Everything was checked and loaded; the first step comes next.
     fn started(&mut self, _plan: &Plan) {}
     fn step(&mut self, _report: &StepReport) {}
@@ -126,6 +133,30 @@ pub struct Summary {
     pub adapter: PathBuf,
     /// The newest one in the run's directory.
     pub checkpoint: Option<PathBuf>,
+}
+
+impl Summary {
+    /// Of a run that was only planned.
+    fn planned(options: &TrainOptions) -> Self {
+        Self {
+            steps: Vec::new(),
+            steps_before: 0,
+            evals: Vec::new(),
+            best: None,
+            best_kept: false,
+            stopped: false,
+            stopped_early: false,
+            seconds: 0.0,
+            samples_per_second: 0.0,
+            peak_memory: None,
+            adapter_bytes: 0,
+            trainable: 0,
+            label_names: None,
+            injected: options.out.join("injected.onnx"),
+            adapter: options.out.join("adapter"),
+            checkpoint: None,
+        }
+    }
 }
 
 /// Trains the adapters and the head of `model`.
@@ -198,12 +229,18 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     let loss_model = |dropout| {
         let learners = Learners { injection: &injection, trained: &trained, dropout };
         let (loss, pooling) = (options.loss, &options.pooling);
-        let task = Task { loss, pooling, output: &scored, columns: &columns, roles: feed.roles() };
+        let (roles, precision, recompute) = (feed.roles(), options.precision, options.recompute);
+        let task = Task { loss, pooling, output: &scored, columns: &columns, roles, precision, recompute };
         LossModel::new(model, learners, &parameters, task)
     };
     let mut checkpoints = Checkpoints::new(model, options, engine);
     let resumed = checkpoints.resume(options.resume, &mut |what| progress.warned(what))?;
     let mut training = loss_model(drops_out.then_some(options.seed))?;
+    if options.plan {
+        let rows: Vec<usize> = (0..batch_size.min(feed.rows())).collect();
+        progress.planned(&plan::plan(&mut training, &parameters, feed.batch(&rows)?, options.optimizer)?);
+        return Ok(Summary::planned(options));
+    }
     training.skip_runs(resumed.as_ref().map_or(0, Saved::runs));
     let place = place(&training, &parameters, options, engine)?;
     let eval = match eval_feed {

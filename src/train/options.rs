@@ -6,6 +6,7 @@ use super::best::Metric;
 use super::data::{LabelKind, TextOptions};
 use super::loss::{Loss, Pooling};
 use super::optimizer::Rule;
+use super::precision::Precision;
 use super::schedule::Shape;
 use crate::engine::LoadOptions;
 use crate::{Error, Result};
@@ -63,6 +64,12 @@ pub struct TrainOptions {
     pub max_grad_norm: Option<f64>,
     /// Parameters and moments stay on the engine's device, and its graph updates them; `None`: where that is not the CPU.
     pub optimizer_on_device: Option<bool>,
+    /// What the model's products are computed in; parameters, moments and the loss are float32 in any case.
+    pub precision: Precision,
+    /// Compute activations a second time on the way back instead of keeping them.
+    pub recompute: bool,
+    /// Only say how much memory the run would take ([`super::Progress::planned`]).
+    pub plan: bool,
     /// `None`: what the model is exported for, else 8 (transformers' default).
     pub batch_size: Option<usize>,
     /// Batches whose gradients make up one update.
@@ -116,6 +123,9 @@ impl TrainOptions {
             warmup_ratio: 0.0,
             max_grad_norm: None,
             optimizer_on_device: None,
+            precision: Precision::F32,
+            recompute: false,
+            plan: false,
             batch_size: None,
             gradient_accumulation_steps: 1,
             steps: None,

@@ -6,6 +6,7 @@ use super::data::{Axis, Field};
 use super::graph::{self, Learners, LossModel, Task};
 use super::loss::{Loss, Pooling};
 use super::output_field;
+use super::precision::Precision;
 use crate::adapter::Injection;
 use crate::engine::{Engine, LoadOptions};
 use crate::onnx::shape::{Dim, Shapes};
@@ -30,6 +31,7 @@ pub fn probe(
     options: &LoadOptions,
     output: Option<&str>,
     (batch, length): (usize, usize),
+    precision: Precision,
 ) -> Result<Probe> {
     let injection = Injection::expect(model)?;
     let trained = injection.active.clone();
@@ -52,7 +54,15 @@ pub fn probe(
         dims: Some(dims.iter().map(|_| Axis::Free).collect()),
     };
     let pooling = Pooling::default();
-    let task = Task { loss: Loss::Mse, pooling: &pooling, output: &output, columns: &[labels], roles: 1 };
+    let task = Task {
+        loss: Loss::Mse,
+        pooling: &pooling,
+        output: &output,
+        columns: &[labels],
+        roles: 1,
+        precision,
+        recompute: false,
+    };
     let loss = LossModel::new(model, learners, &parameters, task)?;
     let len = dims.iter().product();
     let (model, others) = loss.whole_gradient(vec![Tensor::new(&dims, vec![0f32; len])])?;

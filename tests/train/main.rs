@@ -8,6 +8,7 @@ mod exported;
 mod goldens;
 mod models;
 mod pairs;
+mod precision;
 mod quantized;
 mod resume;
 mod runs;

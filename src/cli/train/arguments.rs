@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::cli::engine::EngineArgs;
 use crate::train::schedule::Shape;
-use crate::train::{Distance, Loss, Metric, TrainOptions};
+use crate::train::{Distance, Loss, Metric, Precision, TrainOptions};
 
 /// Train an injected model's adapters (and head) on your data
 #[derive(clap::Args)]
@@ -203,6 +203,19 @@ pub struct Arguments {
     /// Keep parameters and moments on the engine's device, and update them there [default: true on CUDA]
     #[arg(long, value_name = "true|false", hide_possible_values = true)]
     pub optimizer_on_device: Option<bool>,
+
+    /// What the products of a float32 model are computed in: f32, f16 or bf16. Norms, softmax, the loss, adapters and
+    /// moments are float32 in any case; the file keeps its weights
+    #[arg(long, default_value = "f32")]
+    pub precision: Precision,
+
+    /// Compute activations a second time on the way back instead of keeping them: less memory, up to a third more time
+    #[arg(long, visible_alias = "gradient-checkpointing")]
+    pub recompute: bool,
+
+    /// Say how much memory the run would take, by the sizes of its first batch, and do not train
+    #[arg(long)]
+    pub plan: bool,
 
     /// Samples per batch [default: 8, or what the model is made for]
     #[arg(long, visible_alias = "per-device-train-batch-size")]

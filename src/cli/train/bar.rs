@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 
 use super::print::eval_text;
 use crate::cli::printer::Printer;
-use crate::train::{EvalReport, Plan, Progress, StepReport};
+use crate::train::{EvalReport, MemoryPlan, Plan, Progress, StepReport};
 
 /// A run's progress on stderr: steps, loss, time left.
 pub struct Bar<'a> {
@@ -43,6 +43,27 @@ impl Bar<'_> {
 }
 
 impl Progress for Bar<'_> {
+    fn planned(&mut self, memory: &MemoryPlan) {
+        self.printer.result(memory, |p| {
+            let rows = [
+                ("engine", memory.engine),
+                ("weights", memory.weights),
+                ("activations and gradients, at most", memory.activations),
+                ("of these, kept for the backward pass", memory.kept),
+                ("parameters and moments", memory.state),
+                ("peak", memory.peak),
+            ];
+            let mebibytes = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+            p.table(&["", "memory"], rows.map(|(what, bytes)| vec![what.into(), mebibytes(bytes)]).into());
+            if let Some(saves) = memory.recompute_saves {
+                p.line(&format!("with --recompute {} less", mebibytes(saves)));
+            }
+            if memory.unknown > 0 {
+                p.line(&format!("{} values whose size is not known beforehand count for nothing", memory.unknown));
+            }
+        });
+    }
+
     fn started(&mut self, plan: &Plan) {
         self.printer.say(format!(
             "{} samples, {} steps of {}, {} trainable parameters, loss on {}",

@@ -52,6 +52,9 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     progress.stop_on_interrupt();
     let summary = train::run(&model, &options, engine.as_ref(), &mut progress)?;
     drop(progress);
+    if args.plan {
+        return Ok(());
+    }
     if summary.stopped {
         printer.say(match &summary.checkpoint {
             None => "interrupted before the first step".into(),
