@@ -1,6 +1,7 @@
 //! The command line: parse, call the library, print. People's text and progress go to stderr, results to stdout.
 
 mod adapter;
+mod data;
 mod doctor;
 mod engine;
 mod fold;

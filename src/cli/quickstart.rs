@@ -66,7 +66,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
     ));
     let run = dir.join("run");
     let options = TrainOptions {
-        eval_data: Some(test.clone()),
+        eval_data: vec![test.clone()],
         lr: 3e-3,
         batch_size: Some(32),
         steps: Some(300),

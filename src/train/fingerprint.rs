@@ -1,11 +1,11 @@
 //! What a run's result depends on, in words and checksums: two runs with the same settings end with the same bits.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
 use super::TrainOptions;
-use super::data::TextOptions;
+use super::data::{self, ImageOptions, TextOptions};
 use crate::engine::{Engine, LoadOptions};
 use crate::onnx::Model;
 use crate::onnx::external::{self, map_file};
@@ -38,8 +38,19 @@ pub(super) fn settings(model: &Model, options: &TrainOptions, engine: &dyn Engin
         output,
         pooling,
         labels,
+        map,
         text:
-            TextOptions { tokenizer, text_field, label_field, anchor_field, positive_field, negative_field, max_length },
+            TextOptions {
+                tokenizer,
+                text_field,
+                text_pair_field,
+                label_field,
+                anchor_field,
+                positive_field,
+                negative_field,
+                max_length,
+            },
+        image: ImageOptions { field: image_field, size: image_size, mean: image_mean, std: image_std },
         optimizer,
         lr,
         head_lr,
@@ -61,9 +72,9 @@ pub(super) fn settings(model: &Model, options: &TrainOptions, engine: &dyn Engin
         seed,
         load: LoadOptions { threads, optimize },
     } = options;
-    let content = |path: &Option<std::path::PathBuf>| match path {
-        Some(path) => content(path),
-        None => Ok("none".into()),
+    let data_content = |paths: &[PathBuf]| match paths {
+        [] => Ok("none".into()),
+        paths => contents(&data::files(paths)?),
     };
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     let threads = threads.map_or_else(|| format!("those of {} cores", cores()), |n| n.to_string());
@@ -73,16 +84,25 @@ pub(super) fn settings(model: &Model, options: &TrainOptions, engine: &dyn Engin
         ("threads", threads),
         ("optimize", optimize.to_string()),
         ("model", model_content(model)?),
-        ("data", content(&Some(data.clone()))?),
-        ("eval-data", content(eval_data)?),
-        ("tokenizer", content(tokenizer)?),
+        ("data", data_content(data)?),
+        ("eval-data", data_content(eval_data)?),
+        (
+            "map",
+            map.iter().map(|(name, columns)| format!("{name}={}", columns.join(","))).collect::<Vec<_>>().join(" "),
+        ),
+        ("tokenizer", tokenizer.as_ref().map_or(Ok("none".into()), |path| contents(std::slice::from_ref(path)))?),
         ("text-field", text_field.clone()),
+        ("text-pair-field", number(text_pair_field)),
         ("label-field", label_field.clone()),
         ("anchor-field", anchor_field.clone()),
         ("positive-field", positive_field.clone()),
         ("negative-field", number(negative_field)),
         ("max-length", number(max_length)),
         ("labels", labels.clone()),
+        ("image-field", number(image_field)),
+        ("image-size", format!("{image_size:?}")),
+        ("image-mean", format!("{image_mean:?}")),
+        ("image-std", format!("{image_std:?}")),
         ("eval-strategy", format!("{eval_strategy:?}")),
         ("metric-for-best-model", metric_for_best_model.name().into()),
         ("load-best-model-at-end", load_best_model_at_end.to_string()),
@@ -131,10 +151,15 @@ fn number(value: &Option<impl ToString>) -> String {
     value.as_ref().map_or_else(|| "not given".into(), ToString::to_string)
 }
 
-/// Length and checksum of a file; its name may change.
-fn content(path: &Path) -> Result<String> {
-    let bytes = map_file(path).map_err(Error::io("read", path))?;
-    Ok(format!("{} bytes with CRC-32 {:08x}", bytes.len(), crc32fast::hash(&bytes)))
+/// Length and checksum of files, one after the other; their names may change.
+fn contents(paths: &[PathBuf]) -> Result<String> {
+    let (mut len, mut crc) = (0, crc32fast::Hasher::new());
+    for path in paths {
+        let bytes = map_file(path).map_err(Error::io("read", path))?;
+        len += bytes.len();
+        crc.update(&bytes);
+    }
+    Ok(format!("{len} bytes with CRC-32 {:08x}", crc.finalize()))
 }
 
 /// The same of a model and of its external data.

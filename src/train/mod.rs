@@ -35,7 +35,7 @@ mod tensorboard;
 mod update;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 pub use best::Metric;
@@ -188,14 +188,26 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     let scored = options.pooling.checked(&output, &inputs)?;
     let targets = options.loss.columns(&options.labels, &scored);
 
-    let open = |path: &Path, label_names| {
-        let (kind, roles) = (options.loss.label_kind(), options.loss.roles());
-        let read =
-            ReadOptions { inputs: &inputs, labels: &options.labels, kind, roles, text: &options.text, label_names };
-        Dataset::open(path, &read)
+    let classes = scored.classes().filter(|_| options.loss.label_kind() == Some(LabelKind::Class));
+    let open = |paths: &[PathBuf], label_names| {
+        let read = ReadOptions {
+            inputs: &inputs,
+            labels: &options.labels,
+            kind: options.loss.label_kind(),
+            classes,
+            roles: options.loss.roles(),
+            map: &options.map,
+            text: &options.text,
+            image: &options.image,
+            label_names,
+        };
+        Dataset::open(paths, &read)
     };
     let dataset = open(&options.data, None)?;
-    let eval_set = options.eval_data.as_ref().map(|p| open(p, dataset.label_names.as_deref())).transpose()?;
+    let eval_set = match options.eval_data.as_slice() {
+        [] => None,
+        paths => Some(open(paths, dataset.label_names.as_deref())?),
+    };
     if let (None, Some(eval_set)) = (&dataset.label_names, eval_set.as_ref().filter(|e| e.label_names.is_some())) {
         return Err(Error::data(format!(
             "{}: its labels are names, but those of {} are class ids; use the same in both",
@@ -203,7 +215,6 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
             dataset.path.display()
         )));
     }
-    let classes = scored.classes().filter(|_| options.loss.label_kind() == Some(LabelKind::Class));
     let feed = checked_feed(&dataset, &inputs, &targets, classes)?;
     let eval_feed = eval_set.as_ref().map(|set| checked_feed(set, &inputs, &targets, classes)).transpose()?;
     if let Some(other) = eval_feed.as_ref().filter(|eval| eval.roles() != feed.roles()) {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::best::Metric;
-use super::data::{LabelKind, TextOptions};
+use super::data::{ImageOptions, LabelKind, TextOptions};
 use super::loss::{Loss, Pooling};
 use super::optimizer::Rule;
 use super::precision::Precision;
@@ -27,8 +27,10 @@ pub enum EvalStrategy {
 pub struct TrainOptions {
     /// Directory for everything the run leaves behind.
     pub out: PathBuf,
-    pub data: PathBuf,
-    pub eval_data: Option<PathBuf>,
+    /// Files, globs, folders that `datasets` saved, or folders of images; all of one kind.
+    pub data: Vec<PathBuf>,
+    /// As `data`; empty for none.
+    pub eval_data: Vec<PathBuf>,
     pub eval_strategy: EvalStrategy,
     /// What evaluations are compared by.
     pub metric_for_best_model: Metric,
@@ -47,7 +49,10 @@ pub struct TrainOptions {
     pub pooling: Pooling,
     /// Name of the array with the labels.
     pub labels: String,
+    /// For files of records, the columns that make up an input or the labels; several are joined.
+    pub map: Vec<(String, Vec<String>)>,
     pub text: TextOptions,
+    pub image: ImageOptions,
     pub optimizer: Rule,
     /// Peak learning rate.
     pub lr: f64,
@@ -100,8 +105,8 @@ impl TrainOptions {
     pub fn new(out: impl Into<PathBuf>, data: impl Into<PathBuf>, loss: Loss) -> Self {
         Self {
             out: out.into(),
-            data: data.into(),
-            eval_data: None,
+            data: vec![data.into()],
+            eval_data: Vec::new(),
             eval_strategy: EvalStrategy::Epoch,
             metric_for_best_model: Metric::EvalLoss,
             load_best_model_at_end: false,
@@ -112,7 +117,9 @@ impl TrainOptions {
             output: None,
             pooling: Pooling::default(),
             labels: "labels".into(),
+            map: Vec::new(),
             text: TextOptions::default(),
+            image: ImageOptions::default(),
             optimizer: Rule::AdamW { betas: (0.9, 0.999), eps: 1e-8 },
             lr: Self::LR,
             head_lr: None,
@@ -213,7 +220,7 @@ impl TrainOptions {
         } else {
             self.load_best_model_at_end.then_some("load-best-model-at-end")
         };
-        if let (Some(flag), None) = (wants_best, &self.eval_data) {
+        if let (Some(flag), true) = (wants_best, self.eval_data.is_empty()) {
             return Err(Error::config(format!("{flag} compares evaluations; give eval-data")));
         }
         if self.metric_for_best_model == Metric::EvalAccuracy && self.loss.label_kind() != Some(LabelKind::Class) {

@@ -108,10 +108,10 @@ fn an_unusable_setting_or_output_name() {
     let options = case.options(Loss::Mse, &[("x", &x()), ("labels", &y())]);
     case.refused(&TrainOptions { lr: -1.0, ..options.clone() }, &["lr"]);
     case.refused(&TrainOptions { output: Some("yy".into()), ..options.clone() }, &["yy", "Did you mean y?"]);
-    case.refused(&TrainOptions { data: case.dir.path().join("none.npz"), ..options.clone() }, &["none.npz"]);
+    case.refused(&TrainOptions { data: vec![case.dir.path().join("none.npz")], ..options.clone() }, &["none.npz"]);
     let eval = case.dir.path().join("eval.safetensors");
     write_arrays(&eval, &[("x", &x()), ("labels", &x())]);
-    case.refused(&TrainOptions { eval_data: Some(eval), ..options }, &["eval.safetensors", "[16, 12]"]);
+    case.refused(&TrainOptions { eval_data: vec![eval], ..options }, &["eval.safetensors", "[16, 12]"]);
 }
 
 #[test]

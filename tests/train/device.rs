@@ -32,7 +32,7 @@ fn case(dir: &Path) -> (Model, std::path::PathBuf) {
 fn options(dir: &Path, data: &Path, on_device: bool) -> TrainOptions {
     TrainOptions {
         optimizer_on_device: Some(on_device),
-        eval_data: Some(data.into()),
+        eval_data: vec![data.into()],
         steps: Some(50),
         batch_size: Some(8),
         lr: 1e-2,

@@ -72,7 +72,7 @@ fn pairs_and_triples_learn_with_and_without_pooling() {
 #[test]
 fn batches_put_together_are_the_mean_over_their_anchors_on_both_engines() {
     let mut case = Case::new(&mlp("base_gemm.onnx"), RANKING, &["anchor", "positive"], 6);
-    (case.options.eval_data, case.options.batch_size) = (Some(case.options.data.clone()), Some(4));
+    (case.options.eval_data, case.options.batch_size) = (case.options.data.clone(), Some(4));
     (case.options.epochs, case.options.gradient_accumulation_steps, case.options.lr) = (Some(1), 2, 1e-12);
     let summary = case.run().unwrap();
     assert_eq!(summary.steps.len(), 1);
@@ -97,7 +97,7 @@ fn what_does_not_fit_is_refused_before_the_first_step() {
     let eval: Change = |case| {
         let path = case.dir.path().join("eval.safetensors");
         data(&mlp("base_gemm.onnx"), &path, &["anchor", "positive", "negative"], 2);
-        case.options.eval_data = Some(path);
+        case.options.eval_data = vec![path];
     };
     let tokens = shared("models/mlp3d.dyn18.onnx");
     for (base, loss, roles, change, words) in [

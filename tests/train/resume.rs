@@ -48,7 +48,7 @@ fn dropout_draws_what_it_would_have_drawn() {
     let options = |out: &str| TrainOptions {
         steps: Some(12),
         batch_size: Some(5),
-        eval_data: Some(data.clone()),
+        eval_data: vec![data.clone()],
         head_lr: Some(1e-2),
         save_steps: Some(12),
         resume: true,

@@ -72,7 +72,7 @@ fn evaluation_is_the_mean_over_all_rows_after_each_epoch() {
     let dir = tempfile::tempdir().unwrap();
     let model = injected(&mlp("base_gemm.onnx"), dir.path(), 4, "all-linear", None);
     let data = classes(dir.path());
-    let options = TrainOptions { eval_data: Some(data), steps: Some(7), epochs: None, ..options(dir.path(), "a") };
+    let options = TrainOptions { eval_data: vec![data], steps: Some(7), epochs: None, ..options(dir.path(), "a") };
     let summary = train::run(&model, &options, onnxruntime(), &mut ()).unwrap();
     // 16 rows in batches of 5: an epoch is 4 steps, and the run ends inside the second.
     assert_eq!(summary.evals.iter().map(|e| e.step).collect::<Vec<_>>(), [4, 7]);
@@ -84,8 +84,13 @@ fn evaluation_is_the_mean_over_all_rows_after_each_epoch() {
 
     // One batch of all 16 rows before the first update gives the trained model's loss over the same rows.
     let trained = Model::open(&summary.injected).unwrap();
-    let whole =
-        TrainOptions { batch_size: Some(16), steps: Some(1), eval_data: None, out: dir.path().join("b"), ..options };
+    let whole = TrainOptions {
+        batch_size: Some(16),
+        steps: Some(1),
+        eval_data: Vec::new(),
+        out: dir.path().join("b"),
+        ..options
+    };
     let again = train::run(&trained, &whole, onnxruntime(), &mut ()).unwrap();
     assert!((again.steps[0].loss - summary.evals[1].eval_loss).abs() < 1e-6);
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::cli::data::DataArgs;
 use crate::cli::engine::EngineArgs;
 use crate::train::schedule::Shape;
 use crate::train::{Distance, Loss, Metric, Precision, TrainOptions};
@@ -21,13 +22,8 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// Training data: .safetensors or .npz (an array per input, and the labels), or .jsonl (text and label)
-    #[arg(long, value_name = "FILE")]
-    pub data: PathBuf,
-
-    /// Data to evaluate on
-    #[arg(long, value_name = "FILE")]
-    pub eval_data: Option<PathBuf>,
+    #[command(flatten)]
+    pub data: DataArgs,
 
     /// When to evaluate: after every epoch, after every --eval-steps steps, or at the end only [default: epoch, or
     /// steps where --eval-steps is given]
@@ -103,38 +99,6 @@ pub struct Arguments {
     /// The input that marks which tokens count, for --pool mean [default: attention_mask, where the model has it]
     #[arg(long, value_name = "INPUT")]
     pub pool_mask: Option<String>,
-
-    /// Name of the array with the labels
-    #[arg(long, value_name = "NAME", default_value = "labels")]
-    pub labels: String,
-
-    /// Tokenizer of .jsonl texts (tokenizer.json)
-    #[arg(long, value_name = "FILE")]
-    pub tokenizer: Option<PathBuf>,
-
-    /// Field of a .jsonl line that holds the text
-    #[arg(long, default_value = "text")]
-    pub text_field: String,
-
-    /// Field of a .jsonl line that holds the label
-    #[arg(long, default_value = "label")]
-    pub label_field: String,
-
-    /// Field of a .jsonl line that holds the anchor of a pair (in files of arrays: anchor.INPUT for each input)
-    #[arg(long, default_value = "anchor")]
-    pub anchor_field: String,
-
-    /// Field of a .jsonl line that holds what belongs to the anchor (arrays: positive.INPUT)
-    #[arg(long, default_value = "positive")]
-    pub positive_field: String,
-
-    /// Field of a .jsonl line that holds what does not (arrays: negative.INPUT) [default: negative, where it is there]
-    #[arg(long)]
-    pub negative_field: Option<String>,
-
-    /// Tokens of a text that are read
-    #[arg(long)]
-    pub max_length: Option<usize>,
 
     /// adamw, adam (weight decay as an L2 term), sgd or lion
     #[arg(long, visible_alias = "optim", default_value = "adamw", value_parser = ["adamw", "adam", "sgd", "lion"])]

@@ -247,7 +247,7 @@ mod tests {
         );
         let (found, _) = resolved(&file, "").unwrap();
         assert_eq!((found.lr, found.epochs, found.warmup_steps, found.eps), (1e-4, Some(2), 1000, Some(1.0)));
-        assert_eq!((found.model.to_str(), found.labels.as_str()), (Some("m.onnx"), "1"));
+        assert_eq!((found.model.to_str(), found.data.labels.as_str()), (Some("m.onnx"), "1"));
         assert_eq!(found.betas, Some(vec![0.5, 0.75]));
         assert_eq!(found.adapter_names, Some(vec!["a".into(), "b".into()]));
         assert!(found.no_shuffle && !found.nesterov);
@@ -271,7 +271,7 @@ mod tests {
         assert!(!text.contains("\nresume") && !text.contains("config ="), "{text}");
         let (again, twice) = resolved(&text, "").unwrap();
         assert_eq!(text, twice);
-        assert_eq!((again.seed, again.labels.as_str(), again.lr), (u64::MAX, "a \"b\"", 3e-5));
+        assert_eq!((again.seed, again.data.labels.as_str(), again.lr), (u64::MAX, "a \"b\"", 3e-5));
     }
 
     #[test]

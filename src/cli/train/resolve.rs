@@ -2,7 +2,6 @@
 
 use super::arguments::Arguments;
 use crate::cli::inject::pool;
-use crate::train::data::TextOptions;
 use crate::train::optimizer::Rule;
 use crate::train::schedule::Shape;
 use crate::train::{EvalStrategy, Loss, Pooling, TrainOptions};
@@ -99,8 +98,7 @@ impl Arguments {
 
     /// What the run is asked to do; fails where options do not go together.
     pub fn options(&self) -> Result<TrainOptions> {
-        Ok(TrainOptions {
-            eval_data: self.eval_data.clone(),
+        let mut options = TrainOptions {
             eval_strategy: self.eval_strategy()?,
             load_best_model_at_end: self.load_best_model_at_end,
             metric_for_best_model: self.metric_for_best_model,
@@ -109,16 +107,6 @@ impl Arguments {
             adapter_names: self.adapter_names.clone(),
             output: self.output.clone(),
             pooling: Pooling { pool: pool(&self.pool), mask: self.pool_mask.clone() },
-            labels: self.labels.clone(),
-            text: TextOptions {
-                tokenizer: self.tokenizer.clone(),
-                text_field: self.text_field.clone(),
-                label_field: self.label_field.clone(),
-                anchor_field: self.anchor_field.clone(),
-                positive_field: self.positive_field.clone(),
-                negative_field: self.negative_field.clone(),
-                max_length: self.max_length,
-            },
             optimizer: self.rule()?,
             lr: self.lr,
             head_lr: self.head_lr,
@@ -142,7 +130,9 @@ impl Arguments {
             save_total_limit: self.save_total_limit,
             resume: self.resume,
             load: self.engine.load_options(),
-            ..TrainOptions::new(&self.output_dir, &self.data, self.loss()?)
-        })
+            ..TrainOptions::new(&self.output_dir, "", self.loss()?)
+        };
+        self.data.fill(&mut options);
+        Ok(options)
     }
 }

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{Column, Dataset, LabelKind, widens};
+use super::column::{Column, widens};
+use super::{Dataset, LabelKind};
 use crate::onnx::proto::tensor_shape_proto::dimension::Value as DimValue;
 use crate::onnx::{DataType, GraphProto, Tensor, ValueInfoProto, data_type_name, value_info};
 use crate::{Error, Result, did_you_mean};
@@ -263,9 +264,9 @@ impl<'a> Feed<'a> {
                 .gather(rows, data_type.unwrap_or(column.data_type()))
                 .map_err(|what| Error::data(format!("{}: array {name}: {what}", self.dataset.path.display())))
         };
-        // One role below the other, as in the columns.
-        let stacked: Vec<usize> =
-            (0..self.roles()).flat_map(|role| rows.iter().map(move |row| role * self.rows() + row)).collect();
+        // One role below the other.
+        let roles = self.roles();
+        let stacked: Vec<usize> = (0..roles).flat_map(|role| rows.iter().map(move |row| row * roles + role)).collect();
         let inputs = self
             .inputs
             .iter()

@@ -1,23 +1,41 @@
-//! Training data: columns of rows by name, read from array files or from lines of text, handed out in batches.
+//! Training data: columns of rows by name, read from files of arrays or of records, handed out in batches.
+//!
+//! What `--data` names is found by `files`, whose table has a line for every kind of file. Arrays come as they are.
+//! Records (`jsonl`, `csv`, `arrow`, `folder`) come row by row; a `plan` says which of their columns make up which
+//! input of the model, and turns text into tokens and lists into arrays.
 
 mod arrays;
+mod arrow;
 mod batch;
+mod column;
+mod csv;
+mod files;
 mod fit;
+mod folder;
+mod image;
+mod jsonl;
+mod labels;
+mod plan;
+mod record;
 mod roles;
 mod text;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use bytes::Bytes;
-
 pub use batch::Batches;
 pub use fit::{Axis, Batch, Feed, Field, IGNORE, Target};
+pub use image::ImageOptions;
 pub use roles::Roles;
 pub use text::TextOptions;
 
-use crate::onnx::{DataType, Tensor, data_type_name};
+use crate::onnx::Tensor;
 use crate::{Error, Result};
+use column::{Array, Column};
+use files::{Files, Read};
+use labels::{Labels, Seen};
+use plan::Plan;
+use record::{RecordFormat, Records};
 
 /// What a label is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,27 +46,32 @@ pub enum LabelKind {
     Number,
 }
 
-/// How a data file is to be read.
+/// How data files are to be read.
 #[derive(Debug, Clone)]
 pub struct ReadOptions<'a> {
-    /// The model's inputs, which say what columns text is turned into.
+    /// The model's inputs, which say what columns rows are turned into.
     pub inputs: &'a [Field],
     /// Name of the label column.
     pub labels: &'a str,
     /// What the labels are; `None`: there are none.
     pub kind: Option<LabelKind>,
     pub roles: Roles,
+    /// How many classes the output scores, where that is known and labels are classes.
+    pub classes: Option<usize>,
+    /// For files of records, the columns that make up an input or the labels; several are joined.
+    pub map: &'a [(String, Vec<String>)],
     pub text: &'a TextOptions,
+    pub image: &'a ImageOptions,
     /// Class names in order of their ids, where another file (the training data) has fixed them.
     pub label_names: Option<&'a [String]>,
 }
 
-/// Rows of a data file, column by column.
+/// Rows of data files, column by column.
 #[derive(Debug)]
 pub struct Dataset {
     /// Where it was read from (for messages).
     pub path: PathBuf,
-    /// In the file's order; all have [`Dataset::rows`] rows, times [`Dataset::roles`]: those of one role below the other.
+    /// All have [`Dataset::rows`] rows, and the inputs that times [`Dataset::roles`], those of a sample in succession.
     columns: Vec<(String, Column)>,
     rows: usize,
     roles: usize,
@@ -56,60 +79,32 @@ pub struct Dataset {
     pub label_names: Option<Vec<String>>,
 }
 
-/// One column.
-#[derive(Debug)]
-enum Column {
-    /// Rows of one shape.
-    Dense(Array),
-    /// One number for all rows, for an input without axes (a sample rate, a number of steps).
-    Single(Array),
-    /// Token sequences of different lengths, padded per batch.
-    Ragged { rows: Vec<Vec<i64>>, padding: Padding },
-}
-
-/// An array as a file holds it: little-endian elements, row-major.
-#[derive(Debug)]
-struct Array {
-    data_type: DataType,
-    dims: Vec<usize>,
-    bytes: Bytes,
-}
-
-impl Array {
-    fn tensor(&self) -> Result<Tensor, String> {
-        Tensor::from_bytes(self.data_type, &self.dims, &self.bytes)
-    }
-}
-
-/// How sequences of different lengths become one array.
-#[derive(Debug, Clone, Copy)]
-struct Padding {
-    value: i64,
-    left: bool,
-    /// The length every batch gets; `None`: the longest of the batch.
-    length: Option<usize>,
-}
+/// Rows that are tokenized at a time.
+const CHUNK: usize = 1024;
 
 impl Dataset {
-    /// Reads `path` by its extension: `.safetensors`, `.npz` or `.jsonl`.
+    /// Reads all of `paths`: files, globs, folders that `datasets` saved, folders of images. Files are told apart by
+    /// their extensions, and all are of one kind.
     ///
     /// # Errors
-    /// Names the file and the array or line that cannot be used; an empty file is one of them.
-    pub fn open(path: &Path, options: &ReadOptions) -> Result<Self> {
-        let dataset = match extension(path).as_str() {
-            "safetensors" => roles::stack(Self::of_arrays(path, arrays::safetensors(path)?)?, options.roles)?,
-            "npz" => roles::stack(Self::of_arrays(path, arrays::npz(path)?)?, options.roles)?,
-            "jsonl" => text::read(path, options)?,
-            _ => {
-                return Err(Error::data(format!(
-                    "{}: data files are told apart by their names, and this one ends in neither .safetensors, .npz \
-                     nor .jsonl",
-                    path.display()
-                )));
+    /// Names the file and the array, line or row that cannot be used; no rows at all is one of them.
+    pub fn open(paths: &[PathBuf], options: &ReadOptions) -> Result<Self> {
+        let files = Files::find(paths)?;
+        let dataset = match files.format.read {
+            Read::Arrays(read) => {
+                let parts = files.paths.iter().map(|path| {
+                    let rows = Self::of_arrays(path, read(path)?)?;
+                    roles::stack(rows, options.roles)
+                });
+                Self::join(files.name(), parts.collect::<Result<_>>()?)?
             }
+            Read::Records(format) => Self::of_records(&files, format, options)?,
         };
         if dataset.rows == 0 {
-            return Err(Error::data(format!("{}: it holds no rows; there is nothing to train on", path.display())));
+            return Err(Error::data(format!(
+                "{}: it holds no rows; there is nothing to train on",
+                dataset.path.display()
+            )));
         }
         Ok(dataset)
     }
@@ -131,12 +126,97 @@ impl Dataset {
         Ok(Self { path: path.into(), rows: count, roles: 1, columns, label_names: None })
     }
 
+    /// The rows of several files of arrays.
+    fn join(path: PathBuf, parts: Vec<Self>) -> Result<Self> {
+        let rows = parts.iter().map(|part| part.rows).sum();
+        let roles = parts.first().map_or(1, |part| part.roles);
+        let mut columns: BTreeMap<String, Vec<Column>> = BTreeMap::new();
+        let count = parts.len();
+        for (name, column) in parts.into_iter().flat_map(|part| part.columns) {
+            columns.entry(name).or_default().push(column);
+        }
+        let join = |(name, parts): (String, Vec<Column>)| {
+            let bad = |what: String| Error::data(format!("{}: array {name}: {what}", path.display()));
+            if parts.len() < count {
+                return Err(bad("it is not in all of the files".into()));
+            }
+            let column = Column::join(parts).map_err(bad)?;
+            Ok((name, column))
+        };
+        let columns = columns.into_iter().map(join).collect::<Result<_>>()?;
+        Ok(Self { path, columns, rows, roles, label_names: None })
+    }
+
+    fn of_records(files: &Files, format: RecordFormat, options: &ReadOptions) -> Result<Self> {
+        let Some(first) = files.paths.first() else { return Err(Error::config("no data file was given")) };
+        let path = files.name();
+        let mut schema = (format.schema)(first)?;
+        if schema.columns.is_empty() {
+            return Err(Error::data(format!("{}: it holds no rows; there is nothing to train on", first.display())));
+        }
+        let header = schema.line.map_or(first.clone(), |line| format!("{}:{line}", first.display()).into());
+        let plan = Plan::new(&header, &schema, options)?;
+        let open = || -> Result<Records> {
+            let files = files.paths.iter().map(|path| (format.open)(path, &plan.wanted));
+            Ok(Box::new(files.collect::<Result<Vec<_>>>()?.into_iter().flatten()))
+        };
+        // Class names are known once all rows were seen; a file may list them, too.
+        let key = &plan.wanted[plan.label.unwrap_or(0)];
+        let listed = schema.classes.iter().position(|(column, _)| *column == key.column);
+        let listed = listed.map(|at| schema.classes.swap_remove(at).1);
+        let listed = listed.filter(|_| options.kind == Some(LabelKind::Class));
+        if let (Some(listed), Some(fixed)) = (&listed, options.label_names)
+            && listed != fixed
+        {
+            return Err(Error::data(format!(
+                "{}: its classes are {}, but those of the training data {}",
+                path.display(),
+                listed.join(", "),
+                fixed.join(", ")
+            )));
+        }
+        let mut seen = Seen::new(options.kind, options.classes);
+        for path in &files.paths {
+            for record in (format.open)(path, std::slice::from_ref(key))? {
+                let record = record?;
+                seen.add(&record.place, &record.cells[0], &key.column)?;
+            }
+        }
+        let rows = seen.rows;
+        let names = match (options.label_names, listed, seen.names()?) {
+            (Some(fixed), _, Some(_)) => Some(fixed.to_vec()),
+            (_, Some(listed), _) => Some(listed),
+            (_, None, found) => found,
+        };
+        if let (Some(names), Some(classes)) = (&names, options.classes.filter(|_| options.label_names.is_none()))
+            && names.len() > classes
+        {
+            return Err(Error::data(format!(
+                "{}: it has {} classes ({}), but the output only {classes}",
+                path.display(),
+                names.len(),
+                names.join(", ")
+            )));
+        }
+        let labels = Labels::new(options.kind, names.as_deref());
+        let mut building = plan.start(&labels);
+        let mut chunk = Vec::with_capacity(CHUNK);
+        for record in open()? {
+            chunk.push(record?);
+            if chunk.len() == CHUNK {
+                building.push(std::mem::take(&mut chunk))?;
+            }
+        }
+        building.push(chunk)?;
+        Ok(Self { path, columns: building.finish(), rows, roles: plan.roles, label_names: names })
+    }
+
     /// Number of samples.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// How many rows of each column make one sample: 1, or one for each role of a loss that compares outputs.
+    /// How many rows of each input make one sample: 1, or one for each role of a loss that compares outputs.
     pub fn roles(&self) -> usize {
         self.roles
     }
@@ -150,12 +230,18 @@ impl Dataset {
     }
 }
 
+/// Every file that `paths` stand for, in the order in which they are read.
+pub(super) fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    Files::find(paths)?.all()
+}
+
 /// The arrays of a `.safetensors` or `.npz` file by name, as they are.
 ///
 /// # Errors
 /// Names the file, and the array that cannot be used.
 pub fn read_arrays(path: &Path) -> Result<BTreeMap<String, Tensor>> {
-    let arrays = match extension(path).as_str() {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+    let arrays = match extension.as_str() {
         "safetensors" => arrays::safetensors(path)?,
         "npz" => arrays::npz(path)?,
         _ => return Err(Error::data(format!("{}: arrays are read from .safetensors and .npz files", path.display()))),
@@ -169,95 +255,7 @@ pub fn read_arrays(path: &Path) -> Result<BTreeMap<String, Tensor>> {
         .collect()
 }
 
-fn extension(path: &Path) -> String {
-    path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase()
-}
-
-impl Column {
-    fn rows(&self) -> usize {
-        match self {
-            Column::Dense(Array { dims, .. }) => dims.first().copied().unwrap_or(0),
-            Column::Single(_) => 1,
-            Column::Ragged { rows, .. } => rows.len(),
-        }
-    }
-
-    fn data_type(&self) -> DataType {
-        match self {
-            Column::Dense(Array { data_type, .. }) | Column::Single(Array { data_type, .. }) => *data_type,
-            Column::Ragged { .. } => DataType::Int64,
-        }
-    }
-
-    /// Shape of one row; `None` for a length that differs from row to row.
-    fn row_dims(&self) -> Vec<Option<usize>> {
-        match self {
-            Column::Dense(Array { dims, .. }) => dims.iter().skip(1).map(|d| Some(*d)).collect(),
-            Column::Single(_) => Vec::new(),
-            Column::Ragged { padding, .. } => vec![padding.length],
-        }
-    }
-
-    /// The given rows as one tensor of `data_type`, which is the column's own type or a wider integer one.
-    fn gather(&self, rows: &[usize], data_type: DataType) -> Result<Tensor, String> {
-        let tensor = match self {
-            Column::Dense(Array { data_type, dims, bytes }) => {
-                let row = bytes.len() / dims.first().copied().unwrap_or(0).max(1);
-                let mut picked = Vec::with_capacity(row * rows.len());
-                for at in rows {
-                    picked.extend_from_slice(bytes.get(at * row..(at + 1) * row).ok_or("a row is missing")?);
-                }
-                let mut dims = dims.clone();
-                dims[0] = rows.len();
-                Tensor::from_bytes(*data_type, &dims, &picked)?
-            }
-            Column::Single(array) => array.tensor()?,
-            Column::Ragged { rows: all, padding } => {
-                let picked: Vec<&Vec<i64>> =
-                    rows.iter().map(|at| all.get(*at)).collect::<Option<_>>().ok_or("a row is missing")?;
-                let longest = picked.iter().map(|r| r.len()).max().unwrap_or(0);
-                let length = padding.length.unwrap_or(longest);
-                let mut values = vec![padding.value; length * picked.len()];
-                for (row, into) in picked.iter().zip(values.chunks_mut(length.max(1))) {
-                    let used = row.len().min(length);
-                    let from = if padding.left { length - used } else { 0 };
-                    into[from..from + used].copy_from_slice(&row[..used]);
-                }
-                Tensor::new(&[rows.len(), length], values)
-            }
-        };
-        widen(tensor, data_type)
-    }
-}
-
-/// True where every value of integer type `from` is one of integer type `to`, or the types are the same.
-fn widens(from: DataType, to: DataType) -> bool {
-    use DataType::*;
-    from == to
-        || matches!((from, to), (Int8 | Uint8 | Int16 | Uint16 | Int32 | Uint32, Int64))
-        || matches!((from, to), (Int8 | Uint8 | Int16 | Uint16, Int32))
-}
-
-fn widen(tensor: Tensor, to: DataType) -> Result<Tensor, String> {
-    if tensor.data_type() == to {
-        return Ok(tensor);
-    }
-    let integers = match &tensor {
-        Tensor::I8(a) => a.mapv(i64::from),
-        Tensor::U8(a) => a.mapv(i64::from),
-        Tensor::I16(a) => a.mapv(i64::from),
-        Tensor::U16(a) => a.mapv(i64::from),
-        Tensor::I32(a) => a.mapv(i64::from),
-        Tensor::U32(a) => a.mapv(i64::from),
-        Tensor::I64(a) => a.clone(),
-        _ => return Err(format!("{} cannot become {}", data_type_name(tensor.data_type()), data_type_name(to))),
-    };
-    match to {
-        DataType::Int64 => Ok(integers.into()),
-        DataType::Int32 => Ok(integers.mapv(|v| v as i32).into()),
-        _ => Err(format!("{} cannot become {}", data_type_name(tensor.data_type()), data_type_name(to))),
-    }
-}
-
+#[cfg(test)]
+mod peers;
 #[cfg(test)]
 mod tests;

@@ -3,7 +3,10 @@
 //! All parts of a batch make one run of the model: the anchors' rows, below them the positives', below them the
 //! negatives'.
 
-use super::{Array, Column, Dataset};
+use bytes::Bytes;
+
+use super::Dataset;
+use super::column::{Array, Column};
 use crate::{Error, Result};
 
 /// The parts by the names that Hugging Face's datasets give them; in files of arrays, `anchor.input_ids` and so on.
@@ -32,7 +35,7 @@ impl Roles {
     }
 }
 
-/// Puts the arrays of the roles below each other: `anchor.x` and `positive.x` become x.
+/// Puts the rows of the roles in succession: those of `anchor.x` and `positive.x` in turn become x.
 pub(super) fn stack(dataset: Dataset, roles: Roles) -> Result<Dataset> {
     if roles == Roles::One {
         return Ok(dataset);
@@ -60,7 +63,7 @@ pub(super) fn stack(dataset: Dataset, roles: Roles) -> Result<Dataset> {
     let [anchors, others @ ..] = parts;
     let mut columns = Vec::new();
     for (input, mut array) in anchors {
-        let mut bytes = array.bytes.to_vec();
+        let mut of_roles = vec![array.bytes.clone()];
         for (role, part) in NAMES[1..].iter().zip(&others).take(count - 1) {
             let Some((_, other)) = part.iter().find(|(name, _)| *name == input) else {
                 return Err(bad(format!("there is an array anchor.{input}, but no {role}.{input}")));
@@ -72,10 +75,13 @@ pub(super) fn stack(dataset: Dataset, roles: Roles) -> Result<Dataset> {
                     array.dims, array.data_type, other.dims, other.data_type
                 )));
             }
-            bytes.extend_from_slice(&other.bytes);
+            of_roles.push(other.bytes.clone());
         }
+        let row = array.bytes.len() / rows.max(1);
+        let row_of = |bytes: &Bytes, at: usize| bytes.slice(at * row..(at + 1) * row);
+        let rows: Vec<Bytes> = (0..rows).flat_map(|at| of_roles.iter().map(move |bytes| row_of(bytes, at))).collect();
         array.dims[0] *= count;
-        array.bytes = bytes.into();
+        array.bytes = rows.concat().into();
         columns.push((input, Column::Dense(array)));
     }
     let has = |input: &String| columns.iter().any(|(name, _)| name == input);

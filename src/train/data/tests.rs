@@ -3,39 +3,43 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use ndarray::{Array, Array1, Array2};
+use ndarray::{Array1, Array2};
 use safetensors::{Dtype, tensor::TensorView};
 
 use super::*;
-use crate::onnx::value_info;
+use crate::onnx::{DataType, value_info};
 
 /// A directory with files, and how they are read.
-struct Case {
+pub(super) struct Case {
     dir: tempfile::TempDir,
-    inputs: Vec<Field>,
-    output: Field,
-    text: TextOptions,
-    kind: LabelKind,
+    pub inputs: Vec<Field>,
+    pub output: Field,
+    pub map: Vec<(String, Vec<String>)>,
+    pub text: TextOptions,
+    pub image: ImageOptions,
+    pub kind: LabelKind,
     roles: Roles,
 }
 
 impl Case {
-    fn new(inputs: &[(&str, DataType, &[&str])]) -> Self {
+    pub fn new(inputs: &[(&str, DataType, &[&str])]) -> Self {
         Self {
             dir: tempfile::tempdir().unwrap(),
             inputs: inputs.iter().map(|(n, t, d)| Field::of(&value_info(n, *t, d))).collect(),
             output: Field::of(&value_info("logits", DataType::Float, &["n", "3"])),
+            map: Vec::new(),
             text: TextOptions::default(),
+            image: ImageOptions::default(),
             kind: LabelKind::Class,
             roles: Roles::One,
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    fn write(&self, name: &str, content: &[u8]) -> PathBuf {
+    pub fn write(&self, name: &str, content: &[u8]) -> PathBuf {
         std::fs::File::create(self.path(name)).unwrap().write_all(content).unwrap();
         self.path(name)
     }
@@ -46,22 +50,41 @@ impl Case {
         self.write("d.safetensors", &safetensors::serialize(views, None).unwrap())
     }
 
-    fn open(&self, path: &Path) -> Result<Dataset> {
+    pub fn open(&self, path: &Path) -> Result<Dataset> {
         self.open_with(path, None)
     }
 
-    fn open_with(&self, path: &Path, label_names: Option<&[String]>) -> Result<Dataset> {
-        let kind = (self.roles == Roles::One).then_some(self.kind);
-        let (inputs, text, roles) = (&self.inputs, &self.text, self.roles);
-        Dataset::open(path, &ReadOptions { inputs, labels: "labels", kind, roles, text, label_names })
+    pub fn open_with(&self, path: &Path, label_names: Option<&[String]>) -> Result<Dataset> {
+        self.open_all(&[path.into()], label_names)
     }
 
-    fn feed<'a>(&'a self, dataset: &'a Dataset) -> Result<Feed<'a>> {
+    pub fn open_all(&self, paths: &[PathBuf], label_names: Option<&[String]>) -> Result<Dataset> {
+        let kind = (self.roles == Roles::One).then_some(self.kind);
+        let options = ReadOptions {
+            inputs: &self.inputs,
+            labels: "labels",
+            kind,
+            classes: (kind == Some(LabelKind::Class)).then_some(3),
+            roles: self.roles,
+            map: &self.map,
+            text: &self.text,
+            image: &self.image,
+            label_names,
+        };
+        Dataset::open(paths, &options)
+    }
+
+    pub fn feed<'a>(&'a self, dataset: &'a Dataset) -> Result<Feed<'a>> {
         let targets = match self.roles {
             Roles::One => vec![Target::labels("labels", self.kind, &self.output)],
             _ => Vec::new(),
         };
         Feed::new(dataset, &self.inputs, &targets)
+    }
+
+    /// Gives an input another name.
+    pub fn rename(&mut self, input: &str, name: &str) {
+        self.inputs.iter_mut().filter(|i| i.name == input).for_each(|i| i.name = name.into());
     }
 
     /// What is said about a file of arrays that does not fit.
@@ -114,7 +137,7 @@ fn npz_is_read_whatever_its_types_and_order() {
         let file = std::fs::File::create(&path).unwrap();
         let mut npz =
             if compressed { ndarray_npy::NpzWriter::new_compressed(file) } else { ndarray_npy::NpzWriter::new(file) };
-        let columns_first = Array::from_shape_vec((2, 3), vec![0.0f32, 1.0, 2.0, 3.0, 4.0, 5.0]).unwrap();
+        let columns_first = ndarray::Array::from_shape_vec((2, 3), vec![0.0f32, 1.0, 2.0, 3.0, 4.0, 5.0]).unwrap();
         npz.add_array("x", &columns_first.t()).unwrap();
         npz.add_array("ids", &Array2::<u8>::from_elem((3, 1), 200)).unwrap();
         npz.add_array("mask", &Array1::from(vec![true, false, true])).unwrap();
@@ -191,7 +214,7 @@ fn a_named_axis_is_the_same_in_all_arrays() {
 fn broken_files_and_unknown_endings_are_errors() {
     let case = x_case();
     for (name, content, word) in [
-        ("a.csv", b"x,y".as_slice(), ".safetensors"),
+        ("a.xlsx", b"PK".as_slice(), ".safetensors"),
         ("a.safetensors", b"", "safetensors"),
         ("a.safetensors", b"\x08\0\0\0\0\0\0\0{\"x\": 1", "safetensors"),
         ("a.npz", b"PK nonsense", "npz"),
@@ -205,15 +228,7 @@ fn broken_files_and_unknown_endings_are_errors() {
 }
 
 /// A word-level tokenizer: [PAD] 0, [CLS] 1, a..e 2..6; every text begins with [CLS].
-const TOKENIZER: &str = r#"{"version":"1.0","truncation":null,
- "padding":{"strategy":"BatchLongest","direction":"Right","pad_to_multiple_of":null,"pad_id":0,"pad_type_id":0,"pad_token":"[PAD]"},
- "added_tokens":[{"id":0,"content":"[PAD]","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true},
-  {"id":1,"content":"[CLS]","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}],
- "normalizer":null,"pre_tokenizer":{"type":"Whitespace"},
- "post_processor":{"type":"TemplateProcessing","single":[{"SpecialToken":{"id":"[CLS]","type_id":0}},{"Sequence":{"id":"A","type_id":0}}],
-  "pair":[{"Sequence":{"id":"A","type_id":0}},{"Sequence":{"id":"B","type_id":1}}],
-  "special_tokens":{"[CLS]":{"id":"[CLS]","ids":[1],"tokens":["[CLS]"]}}},
- "decoder":null,"model":{"type":"WordLevel","vocab":{"[PAD]":0,"[CLS]":1,"a":2,"b":3,"c":4,"d":5,"e":6},"unk_token":"[PAD]"}}"#;
+const TOKENIZER: &str = include_str!("../../../fixtures/data/tokenizer.json");
 
 fn text_case(dims: &[&str]) -> Case {
     let mut case = Case::new(&[("input_ids", DataType::Int64, dims), ("attention_mask", DataType::Int64, dims)]);

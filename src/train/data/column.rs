@@ -1,0 +1,355 @@
+//! Columns of rows: as files of arrays hold them, or grown row by row out of numbers and lists.
+
+use bytes::Bytes;
+
+use super::image::Pictures;
+use super::record::{Cell, Numbers};
+use crate::onnx::{DataType, Tensor, data_type_name};
+
+/// One column.
+#[derive(Debug)]
+pub(super) enum Column {
+    /// Rows of one shape.
+    Dense(Array),
+    /// One number for all rows, for an input without axes (a sample rate, a number of steps).
+    Single(Array),
+    /// Sequences of different lengths, padded per batch.
+    Ragged(Ragged),
+    /// Images that are decoded when their batch comes.
+    Images(Pictures),
+}
+
+/// An array as a file holds it: little-endian elements, row-major.
+#[derive(Debug)]
+pub(super) struct Array {
+    pub data_type: DataType,
+    pub dims: Vec<usize>,
+    pub bytes: Bytes,
+}
+
+impl Array {
+    pub fn tensor(&self) -> Result<Tensor, String> {
+        Tensor::from_bytes(self.data_type, &self.dims, &self.bytes)
+    }
+}
+
+/// Rows one after the other whose first axis differs in length.
+#[derive(Debug)]
+pub(super) struct Ragged {
+    data_type: DataType,
+    /// Shape of what stands at one place of the first axis.
+    tail: Vec<usize>,
+    /// Where each row ends, in bytes.
+    ends: Vec<usize>,
+    bytes: Vec<u8>,
+    padding: Padding,
+}
+
+impl Ragged {
+    fn row(&self, at: usize) -> Option<&[u8]> {
+        let from = if at == 0 { 0 } else { *self.ends.get(at - 1)? };
+        self.bytes.get(from..*self.ends.get(at)?)
+    }
+
+    /// Bytes of one place of the first axis.
+    fn stride(&self) -> usize {
+        self.padding.fill.len() * self.tail.iter().product::<usize>()
+    }
+}
+
+/// How sequences of different lengths become one array.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Padding {
+    /// One element.
+    pub fill: Vec<u8>,
+    pub left: bool,
+    /// The length every batch gets, longer rows being cut; `None`: the longest of the batch.
+    pub length: Option<usize>,
+}
+
+impl Column {
+    pub fn rows(&self) -> usize {
+        match self {
+            Column::Dense(Array { dims, .. }) => dims.first().copied().unwrap_or(0),
+            Column::Single(_) => 1,
+            Column::Ragged(ragged) => ragged.ends.len(),
+            Column::Images(pictures) => pictures.len(),
+        }
+    }
+
+    pub fn data_type(&self) -> DataType {
+        match self {
+            Column::Dense(Array { data_type, .. }) | Column::Single(Array { data_type, .. }) => *data_type,
+            Column::Ragged(ragged) => ragged.data_type,
+            Column::Images(pictures) => pictures.data_type(),
+        }
+    }
+
+    /// Shape of one row; `None` for a length that differs from row to row.
+    pub fn row_dims(&self) -> Vec<Option<usize>> {
+        match self {
+            Column::Dense(Array { dims, .. }) => dims.iter().skip(1).map(|d| Some(*d)).collect(),
+            Column::Single(_) => Vec::new(),
+            Column::Ragged(Ragged { tail, padding, .. }) => {
+                std::iter::once(padding.length).chain(tail.iter().map(|d| Some(*d))).collect()
+            }
+            Column::Images(pictures) => pictures.row_dims().into_iter().map(Some).collect(),
+        }
+    }
+
+    /// The given rows as one tensor of `data_type`, which is the column's own type or a wider integer one.
+    pub fn gather(&self, rows: &[usize], data_type: DataType) -> Result<Tensor, String> {
+        let tensor = match self {
+            Column::Dense(Array { data_type, dims, bytes }) => {
+                let row = bytes.len() / dims.first().copied().unwrap_or(0).max(1);
+                let mut picked = Vec::with_capacity(row * rows.len());
+                for at in rows {
+                    picked.extend_from_slice(bytes.get(at * row..(at + 1) * row).ok_or("a row is missing")?);
+                }
+                let mut dims = dims.clone();
+                dims[0] = rows.len();
+                Tensor::from_bytes(*data_type, &dims, &picked)?
+            }
+            Column::Single(array) => array.tensor()?,
+            Column::Ragged(ragged) => {
+                let Ragged { tail, padding, .. } = ragged;
+                let picked: Vec<&[u8]> =
+                    rows.iter().map(|at| ragged.row(*at)).collect::<Option<_>>().ok_or("a row is missing")?;
+                let stride = ragged.stride();
+                let longest = picked.iter().map(|r| r.len() / stride.max(1)).max().unwrap_or(0);
+                let length = padding.length.unwrap_or(longest);
+                let mut bytes = padding.fill.repeat(length * picked.len() * tail.iter().product::<usize>());
+                for (row, into) in picked.iter().zip(bytes.chunks_mut((length * stride).max(1))) {
+                    let used = row.len().min(into.len());
+                    let from = if padding.left { into.len() - used } else { 0 };
+                    into[from..from + used].copy_from_slice(&row[..used]);
+                }
+                let dims: Vec<usize> = [rows.len(), length].iter().chain(tail).copied().collect();
+                Tensor::from_bytes(ragged.data_type, &dims, &bytes)?
+            }
+            Column::Images(pictures) => pictures.gather(rows)?,
+        };
+        widen(tensor, data_type)
+    }
+
+    /// The rows of `parts`, one part after the other.
+    ///
+    /// # Errors
+    /// Says what differs from the first part.
+    pub fn join(parts: Vec<Self>) -> Result<Self, String> {
+        let shape = |array: &Array| format!("{} of shape {:?}", data_type_name(array.data_type), &array.dims);
+        let mut parts = parts.into_iter();
+        let first = parts.next().ok_or("it holds no rows")?;
+        if parts.len() == 0 {
+            return Ok(first);
+        }
+        match first {
+            Column::Dense(Array { data_type, mut dims, bytes }) => {
+                let mut all = bytes.to_vec();
+                for part in parts {
+                    match part {
+                        Column::Dense(more) if (data_type, &dims[1..]) == (more.data_type, &more.dims[1..]) => {
+                            all.extend_from_slice(&more.bytes);
+                            dims[0] += more.dims[0];
+                        }
+                        Column::Dense(other) => {
+                            let first = Array { data_type, dims, bytes: Bytes::new() };
+                            return Err(format!(
+                                "it is {} in one file and {} in another",
+                                shape(&first),
+                                shape(&other)
+                            ));
+                        }
+                        _ => return Err("it has rows in one file and a single number in another".into()),
+                    }
+                }
+                Ok(Column::Dense(Array { data_type, dims, bytes: all.into() }))
+            }
+            Column::Single(first) => {
+                let same = |c: Column| matches!(c, Column::Single(a) if (a.data_type, &a.bytes) == (first.data_type, &first.bytes));
+                match parts.all(same) {
+                    true => Ok(Column::Single(first)),
+                    false => Err("it is a single number, and not the same one in all files".into()),
+                }
+            }
+            _ => Err("its rows come from several files".into()),
+        }
+    }
+}
+
+/// A column that grows row by row.
+#[derive(Debug)]
+pub(super) struct Growing {
+    data_type: DataType,
+    padding: Padding,
+    /// The shape of a row where the model fixes it: a list of as many numbers is taken for it.
+    shape: Option<Vec<usize>>,
+    /// Whether rows of other lengths are padded.
+    pads: bool,
+    /// Of the first row.
+    dims: Option<Vec<usize>>,
+    /// Whether another row has another length.
+    ragged: bool,
+    ends: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl Growing {
+    /// A column of scalars, or of rows that are all of one shape.
+    pub fn new(data_type: DataType, shape: Option<Vec<usize>>) -> Self {
+        let (padding, pads) = (Padding::default(), false);
+        Self { data_type, padding, shape, pads, dims: None, ragged: false, ends: Vec::new(), bytes: Vec::new() }
+    }
+
+    /// A column whose rows may differ in length.
+    pub fn padded(data_type: DataType, padding: Padding) -> Self {
+        Self { padding, pads: true, ..Self::new(data_type, None) }
+    }
+
+    /// Appends the numbers in `cell`, or says what it is.
+    pub fn push_cell(&mut self, cell: &Cell) -> Result<(), String> {
+        match cell {
+            Cell::Null => Err("is empty; every row needs a value".into()),
+            Cell::Array { dims, numbers } => self.push(dims, numbers),
+            _ => self.push(&[], &number(cell)?),
+        }
+    }
+
+    /// Appends a row of this shape.
+    pub fn push(&mut self, dims: &[usize], numbers: &Numbers) -> Result<(), String> {
+        let dims = match &self.shape {
+            Some(shape) if shape.iter().product::<usize>() == numbers.len() => shape.as_slice(),
+            _ => dims,
+        };
+        let first = self.dims.get_or_insert_with(|| dims.to_vec());
+        if first != dims {
+            // Without its first axis, which may differ where rows are padded.
+            if !self.pads || dims.is_empty() || first.len() != dims.len() || first[1..] != dims[1..] {
+                return Err(format!("has shape {dims:?}, but {first:?} in the first row"));
+            }
+            self.ragged = true;
+        }
+        put(numbers, self.data_type, &mut self.bytes)?;
+        self.ends.push(self.bytes.len());
+        Ok(())
+    }
+
+    pub fn finish(self) -> Column {
+        let Self { data_type, padding, dims, ragged, ends, bytes, .. } = self;
+        let dims = dims.unwrap_or_default();
+        if ragged || padding.length.is_some() {
+            let tail = dims.get(1..).unwrap_or_default().to_vec();
+            return Column::Ragged(Ragged { data_type, tail, ends, bytes, padding });
+        }
+        let dims = std::iter::once(ends.len()).chain(dims).collect();
+        Column::Dense(Array { data_type, dims, bytes: bytes.into() })
+    }
+}
+
+/// The number that a cell holds.
+pub(super) fn number(cell: &Cell) -> Result<Numbers, String> {
+    match cell {
+        Cell::Int(v) => Ok(Numbers::Int(vec![*v])),
+        Cell::Float(v) => Ok(Numbers::Float(vec![*v])),
+        Cell::Raw(text) => {
+            let text = text.trim();
+            let int = match text {
+                "true" | "True" | "TRUE" => Some(1),
+                "false" | "False" | "FALSE" => Some(0),
+                _ => text.parse().ok(),
+            };
+            match (int, text.parse()) {
+                (Some(int), _) => Ok(Numbers::Int(vec![int])),
+                (None, Ok(float)) => Ok(Numbers::Float(vec![float])),
+                _ => Err(format!("is {cell}, but a number is wanted")),
+            }
+        }
+        Cell::Null => Err("is empty; every row needs a number".into()),
+        _ => Err(format!("is {cell}, but a number is wanted")),
+    }
+}
+
+/// Appends numbers as elements of type `to`; none of them may change its value, but for the rounding of floats.
+fn put(numbers: &Numbers, to: DataType, out: &mut Vec<u8>) -> Result<(), String> {
+    macro_rules! integers {
+        ($type:ty) => {
+            each(numbers, to, out, |v| <$type>::try_from(v).ok(), |v| <$type>::to_le_bytes(v))
+        };
+    }
+    macro_rules! floats {
+        ($from:expr) => {{
+            match numbers {
+                Numbers::Int(all) => all.iter().for_each(|v| out.extend($from(*v as f64).to_le_bytes())),
+                Numbers::Float(all) => all.iter().for_each(|v| out.extend($from(*v).to_le_bytes())),
+            }
+            Ok(())
+        }};
+    }
+    match to {
+        DataType::Float => floats!(|v| v as f32),
+        DataType::Double => floats!(|v: f64| v),
+        DataType::Float16 => floats!(half::f16::from_f64),
+        DataType::Bfloat16 => floats!(half::bf16::from_f64),
+        DataType::Int64 => integers!(i64),
+        DataType::Int32 => integers!(i32),
+        DataType::Int16 => integers!(i16),
+        DataType::Int8 => integers!(i8),
+        DataType::Uint64 => integers!(u64),
+        DataType::Uint32 => integers!(u32),
+        DataType::Uint16 => integers!(u16),
+        DataType::Uint8 => integers!(u8),
+        DataType::Bool => each(numbers, to, out, |v| u8::try_from(v).ok().filter(|v| *v < 2), |v| [v]),
+        other => Err(format!("would have to be {}, which is not made from numbers", data_type_name(other))),
+    }
+}
+
+fn each<T, const N: usize>(
+    numbers: &Numbers,
+    to: DataType,
+    out: &mut Vec<u8>,
+    convert: impl Fn(i64) -> Option<T>,
+    bytes: impl Fn(T) -> [u8; N],
+) -> Result<(), String> {
+    let refused = |v: String| format!("holds {v}, but {} is wanted", data_type_name(to));
+    match numbers {
+        Numbers::Int(all) => all.iter().try_for_each(|v| {
+            out.extend(bytes(convert(*v).ok_or_else(|| refused(v.to_string()))?));
+            Ok(())
+        }),
+        Numbers::Float(all) => all.iter().try_for_each(|v| {
+            // 2^53: beyond it, a float stands for several integers.
+            let whole = (v.fract() == 0.0 && v.abs() <= 9_007_199_254_740_992.0).then_some(*v as i64);
+            out.extend(bytes(whole.and_then(&convert).ok_or_else(|| refused(v.to_string()))?));
+            Ok(())
+        }),
+    }
+}
+
+/// True where every value of integer type `from` is one of integer type `to`, or the types are the same.
+pub(super) fn widens(from: DataType, to: DataType) -> bool {
+    use DataType::*;
+    from == to
+        || matches!((from, to), (Int8 | Uint8 | Int16 | Uint16 | Int32 | Uint32, Int64))
+        || matches!((from, to), (Int8 | Uint8 | Int16 | Uint16, Int32))
+}
+
+fn widen(tensor: Tensor, to: DataType) -> Result<Tensor, String> {
+    if tensor.data_type() == to {
+        return Ok(tensor);
+    }
+    let integers = match &tensor {
+        Tensor::I8(a) => a.mapv(i64::from),
+        Tensor::U8(a) => a.mapv(i64::from),
+        Tensor::I16(a) => a.mapv(i64::from),
+        Tensor::U16(a) => a.mapv(i64::from),
+        Tensor::I32(a) => a.mapv(i64::from),
+        Tensor::U32(a) => a.mapv(i64::from),
+        Tensor::I64(a) => a.clone(),
+        _ => return Err(format!("{} cannot become {}", data_type_name(tensor.data_type()), data_type_name(to))),
+    };
+    match to {
+        DataType::Int64 => Ok(integers.into()),
+        DataType::Int32 => Ok(integers.mapv(|v| v as i32).into()),
+        _ => Err(format!("{} cannot become {}", data_type_name(tensor.data_type()), data_type_name(to))),
+    }
+}
