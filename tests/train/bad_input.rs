@@ -184,5 +184,5 @@ fn data_that_spoils_the_first_batch_leaves_no_model() {
     let arrays = [("x", &Tensor::new(&[16, 12], vec![f32::NAN; 192])), ("labels", &y())];
     let complaint = case.complaint(&case.options(Loss::Mse, &arrays));
     assert!(complaint.contains("step 1") && complaint.contains("data"), "{complaint}");
-    assert_eq!(files(&case.out()), ["metrics.jsonl"]);
+    assert_eq!(files(&case.out()), ["metrics.jsonl", "tensorboard"]);
 }
