@@ -15,7 +15,7 @@ use bone_onnx::onnx::{Model, Tensor};
 use bone_onnx::train::data::{Batch, Field, LabelKind, Target};
 use bone_onnx::train::graph::{GradientSession, Learners, LossModel, Parameter, Task, parameters};
 use bone_onnx::train::optimizer::{Group, Optimizer, Rule, Scale};
-use bone_onnx::train::{Loss, Pooling, Precision};
+use bone_onnx::train::{Loss, Pooling};
 use criterion::Criterion;
 
 const BATCH: usize = 16;
@@ -88,16 +88,7 @@ fn prepare() -> Option<Bench> {
     let field = Field::of(topic);
     let (loss, pooling) = (Loss::cross_entropy(), &Pooling::default());
     let columns = [Target::labels("labels", LabelKind::Class, &field).field(1)];
-    let task = Task {
-        loss,
-        pooling,
-        output: &field,
-        columns: &columns,
-        roles: 1,
-        precision: Precision::F32,
-        recompute: false,
-    };
-    let step = LossModel::new(&model, learners, &parameters, task)
+    let step = LossModel::new(&model, learners, &parameters, Task::new(loss, pooling, &field, &columns))
         .and_then(|m| m.gradient(engine.as_ref(), &load))
         .expect("a gradient");
 

@@ -157,7 +157,7 @@ fn main() -> Result<()> {
             batch_size: Some(BATCH),
             epochs: Some(1),
             load: LoadOptions { threads: None, optimize: true },
-            ..TrainOptions::new(&dir.path().join(format!("run{round}")), &data, Loss::cross_entropy())
+            ..TrainOptions::new(dir.path().join(format!("run{round}")), &data, Loss::cross_entropy())
         };
         let begun = Instant::now();
         let summary = train::run(&Model::open(&injected)?, &options, &engine, &mut watch)?;

@@ -84,6 +84,7 @@ use crate::onnx::upgrade::upgrade;
 use crate::onnx::{DataType, GraphProto, ModelProto, NodeProto, ValueInfoProto, value_info};
 use crate::{Error, Result, did_you_mean};
 use recognise::recognise;
+pub(crate) use reverse::inputs;
 use reverse::{Path, Scope};
 use vjp::{Constants, known};
 

@@ -35,7 +35,7 @@ pub(super) struct Path {
 }
 
 /// Inputs of `node`, then the outer values that its subgraphs use, each once.
-pub(super) fn inputs(node: &NodeProto) -> Vec<String> {
+pub(crate) fn inputs(node: &NodeProto) -> Vec<String> {
     let mut inputs = node.input.clone();
     for graph in node.attribute.iter().flat_map(|a| a.g.iter().chain(&a.graphs)) {
         for name in captures(graph) {

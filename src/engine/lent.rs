@@ -1,6 +1,7 @@
 //! Weights that ONNX Runtime reads where they are: it gets the model without them, and their addresses, instead of a copy
 //! in the model's bytes and another one of its own. Several sessions share what is lent to them.
 
+use std::collections::HashSet;
 use std::ffi::CString;
 
 use bytes::Bytes;
@@ -10,7 +11,7 @@ use ort::session::builder::SessionBuilder;
 use ort::value::{DynValueRefMut, PrimitiveTensorElementType, Shape, TensorRefMut};
 
 use crate::onnx::external::{Place, is_external};
-use crate::onnx::{DataType, ModelProto, TensorProto};
+use crate::onnx::{DataType, GraphProto, ModelProto, TensorProto, walk_graphs};
 
 /// Smaller tensors stay in the model, where optimizations look at their values.
 const WORTH_LENDING: usize = 1 << 16;
@@ -32,10 +33,15 @@ pub(super) struct Lent {
     _bytes: Bytes,
 }
 
-/// `model` without its large weights, and these.
+/// `model` without its large weights, and these. Those that nothing uses go altogether: ONNX Runtime has dropped them when
+/// it looks for what is lent to it.
 pub(super) fn split(model: &ModelProto) -> (ModelProto, Vec<Weight>) {
     let mut rest = model.clone();
     let mut weights = Vec::new();
+    if let (Some(graph), Some(of)) = (&mut rest.graph, &model.graph) {
+        let used = used(of);
+        graph.initializer.retain(|tensor| used.contains(tensor.name()) || Weight::of(tensor).is_none());
+    }
     let initializers = rest.graph.iter_mut().flat_map(|g| &mut g.initializer);
     for tensor in initializers {
         let Some(weight) = Weight::of(tensor) else { continue };
@@ -47,6 +53,16 @@ pub(super) fn split(model: &ModelProto) -> (ModelProto, Vec<Weight>) {
         weights.push(weight);
     }
     (rest, weights)
+}
+
+/// Values that some node or graph reads, or that are inputs as well.
+fn used(graph: &GraphProto) -> HashSet<&str> {
+    let mut used: HashSet<&str> = graph.input.iter().map(|i| i.name()).collect();
+    walk_graphs(graph, &mut |_, graph| {
+        used.extend(graph.node.iter().flat_map(|n| &n.input).map(String::as_str));
+        used.extend(graph.output.iter().map(|o| o.name()));
+    });
+    used
 }
 
 impl Weight {

@@ -6,6 +6,7 @@ mod doctor;
 mod elf;
 mod guard;
 mod lent;
+mod log_softmax;
 mod onnxruntime;
 mod profile;
 mod resident;

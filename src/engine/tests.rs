@@ -372,3 +372,32 @@ fn large_weights_are_lent_wherever_they_stand_and_whatever_they_are() {
         }
     }
 }
+
+#[test]
+fn a_large_weight_that_nothing_uses_is_left_out() {
+    let (x, y) = (value_info("x", DataType::Float, &["n"]), value_info("y", DataType::Float, &["n"]));
+    let mut model = model(vec![node("Neg", &["x"], &["y"])], vec![x], vec![y]);
+    model.graph.as_mut().unwrap().initializer.push(Tensor::new(&[1 << 15], vec![1f32; 1 << 15]).to_proto("w"));
+    for kind in ENGINES {
+        let mut session = load(kind, &model, true).unwrap();
+        let got = session.run(&[("x", &Tensor::new(&[1], vec![2f32]))], &["y"]).unwrap();
+        assert_eq!(got[0], Tensor::new(&[1], vec![-2f32]));
+    }
+}
+
+#[test]
+fn a_log_softmax_stays_finite_far_out_on_both_engines() {
+    let x = Tensor::new(&[2, 3], vec![1000f32, 0.0, -1000.0, 1.0, 2.0, 3.0]);
+    for (axis, opset) in [(-1, 17), (0, 17), (1, 18)] {
+        let infos = ["x", "y"].map(|name| value_info(name, DataType::Float, &["n", "3"]));
+        let [input, output] = infos;
+        let mut op = node("LogSoftmax", &["x"], &["y"]);
+        op.attribute = vec![AttributeProto::int("axis", axis)];
+        let mut model = model(vec![op], vec![input], vec![output]);
+        model.opset_import[0].version = Some(opset);
+        let [a, b] = ENGINES.map(|kind| load(kind, &model, true).unwrap().run(&[("x", &x)], &["y"]).unwrap().remove(0));
+        let off = a.to_f64().iter().zip(b.to_f64()).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(off < 1e-4 && b.to_f64().iter().all(|v| v.is_finite()), "{axis}: {b:?}");
+        assert_eq!(a.dims(), b.dims());
+    }
+}

@@ -12,6 +12,7 @@ use tract_onnx::prelude::{
     TValue, TVec, Tensor as TractTensor, TractError, TractResult, TypedRunnableModel,
 };
 
+use super::log_softmax::spelled_out;
 use super::signature::Signature;
 use super::{Engine, LoadOptions, Session, guard};
 use crate::onnx::{ModelProto, Tensor, walk_graphs};
@@ -46,6 +47,7 @@ impl Engine for Tract {
     }
 
     fn load(&self, model: &ModelProto, options: &LoadOptions) -> Result<Box<dyn Session>> {
+        let model = &*spelled_out(model);
         let signature = Signature::of(model)?;
         // What the file declares of outputs and inner values may be symbolic or wrong; it is all inferred anew.
         let framework = tract_onnx::onnx().with_ignore_output_types(true).with_ignore_value_info(true);

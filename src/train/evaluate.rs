@@ -1,6 +1,6 @@
 //! One pass over the evaluation data.
 
-use super::data::{Batches, Feed, IGNORE, LabelKind};
+use super::data::{Batches, Feed, IGNORE};
 use super::graph::{ForwardSession, Parameter};
 use super::loss::Loss;
 use super::metrics::EvalReport;
@@ -16,7 +16,7 @@ pub(super) fn evaluate(
     batch_size: usize,
     step: usize,
 ) -> Result<EvalReport> {
-    let by_class = loss.label_kind() == Some(LabelKind::Class);
+    let by_class = loss.scores_classes();
     let mut batches = Batches::new(feed.rows(), batch_size, None);
     let (mut sum, mut counted, mut right) = (0.0, 0, 0);
     for _ in 0..batches.per_epoch() {

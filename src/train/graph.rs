@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, HashSet};
 use super::data::{Batch, Field};
 use super::flat::{Flat, FlatNames, flatten};
 use super::form;
-use super::loss::{self, Loss, LossNames, Pooling};
+use super::loss::{self, Loss, LossNames, OwnLoss, Pooling};
 use super::precision::{self, Precision};
 use super::recompute::recompute;
+use super::teacher::TeacherModel;
 use crate::adapter::Injection;
 use crate::autodiff::{self, Request, Rules, Seed};
 use crate::base::Base;
@@ -100,6 +101,16 @@ pub struct Task<'a> {
     pub precision: Precision,
     /// Whether activations are computed again on the way back (`recompute.rs`).
     pub recompute: bool,
+    pub(super) own: Option<&'a OwnLoss>,
+    pub(super) teacher: Option<&'a TeacherModel<'a>>,
+}
+
+impl<'a> Task<'a> {
+    /// A loss that is built in, of an output as it is.
+    pub fn new(loss: Loss, pooling: &'a Pooling, output: &'a Field, columns: &'a [Field]) -> Self {
+        let (precision, recompute) = (Precision::F32, false);
+        Self { loss, pooling, output, columns, roles: 1, precision, recompute, own: None, teacher: None }
+    }
 }
 
 /// A loss over a model whose parameters are inputs, ready to be loaded with or without gradients.
@@ -131,7 +142,13 @@ impl LossModel {
         precision::lower(&mut proto, task.precision)?;
         let mut output = task.output.clone();
         task.pooling.append(&mut proto, &mut output);
-        let names = loss::append(&mut proto, task.loss, &output, task.columns, task.roles)?;
+        let names = match task.own {
+            Some(own) => own.append(&mut proto, (&task.output.name, &output), task.columns)?,
+            None => {
+                let teacher = task.teacher.map(|t| t.append(&mut proto, task.pooling)).transpose()?;
+                loss::append(&mut proto, task.loss, &output, task.columns, task.roles, teacher.as_ref())?
+            }
+        };
         if let Some(graph) = &mut proto.graph {
             graph.output.retain(|o| o.name() == output.name || o.name() == names.loss);
         }
@@ -201,6 +218,13 @@ impl LossModel {
     fn session(&self, session: Box<dyn Session>, gradients: Vec<String>, scale: Option<Scale>) -> GradientSession {
         let wanted = std::iter::once(self.names.loss.clone()).chain(gradients).collect();
         GradientSession { session, targets: self.names.targets.clone(), wanted, scale, runs: 0 }
+    }
+
+    /// The model with the loss, and with its gradients.
+    #[cfg(test)]
+    pub(super) fn both(self) -> (ModelProto, ModelProto) {
+        let derived = self.derive().expect("a gradient").model;
+        (self.model, derived)
     }
 
     /// Has every Dropout draw from its seed on what it would draw after `runs` runs: ONNX Runtime's on the CPU adds 1 to

@@ -16,10 +16,12 @@ pub(crate) mod evaluate;
 mod fingerprint;
 mod flat;
 mod form;
+mod freeze;
 #[cfg(test)]
 mod goldens;
 pub mod graph;
 mod loss;
+mod merge;
 mod metrics;
 pub mod optimizer;
 mod options;
@@ -31,6 +33,7 @@ mod report;
 mod save;
 pub mod schedule;
 mod step;
+mod teacher;
 mod tensorboard;
 mod update;
 
@@ -46,6 +49,7 @@ pub use plan::MemoryPlan;
 pub use precision::Precision;
 pub use probe::{Probe, probe};
 pub use report::size;
+pub use teacher::Teacher;
 
 use crate::adapter::Injection;
 use crate::engine::{Device, Engine};
@@ -59,10 +63,12 @@ use data::{Axis, Batches, Dataset, Feed, Field, LabelKind, ReadOptions, Target};
 use device::OnDevice;
 use flat::Flat;
 use graph::{ForwardSession, Learners, LossModel, Parameter, Task};
+use loss::OwnLoss;
 use metrics::MetricsFile;
 use optimizer::{Group, Optimizer};
 use schedule::Schedule;
 use step::{Learned, Outcome, Place};
+use teacher::TeacherModel;
 use tensorboard::EventsFile;
 
 /// Watches a run. The library itself prints nothing.
@@ -99,6 +105,8 @@ pub struct Plan {
     pub output: String,
     /// Numbers that are trained.
     pub trainable: usize,
+    /// Parameters that lie before the node where the gradients end, and stay as they are.
+    pub frozen: Vec<String>,
 }
 
 /// What a run did.
@@ -171,7 +179,7 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     let injection = Injection::expect(model)?;
     check_shared(model, &injection, false)?;
     let trained = trained(&injection, options.adapter_names.as_deref())?;
-    let parameters = graph::parameters(model, &injection, &trained, options.decay_all)?;
+    let mut parameters = graph::parameters(model, &injection, &trained, options.decay_all)?;
     if parameters.is_empty() {
         let what = match injection.adapters.first() {
             Some(adapter) => format!(
@@ -183,17 +191,38 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
         };
         return Err(Error::file(&model.path, what));
     }
+    let mut frozen = Vec::new();
+    if let Some(node) = &options.freeze_until {
+        let before = freeze::before(model, &injection, node)?;
+        frozen = parameters.iter().map(|p| p.name.clone()).filter(|name| before.contains(name)).collect();
+        parameters.retain(|p| !before.contains(&p.name));
+        if parameters.is_empty() {
+            return Err(Error::config(format!(
+                "freeze-until {node:?} leaves nothing to train: all adapters are before it"
+            )));
+        }
+    }
     let inputs = Field::inputs(model.graph());
-    let output = output_field(model, &injection, options.output.as_deref())?;
+    let own = options.loss_model.as_deref().map(|path| OwnLoss::open(path, model.graph())).transpose()?;
+    let wanted = options.output.as_deref().or(own.as_ref().and_then(OwnLoss::output));
+    let output = output_field(model, &injection, wanted)?;
     let scored = options.pooling.checked(&output, &inputs)?;
-    let targets = options.loss.columns(&options.labels, &scored);
+    let targets = match &own {
+        Some(own) => own.columns(model.graph()),
+        None => options.loss.columns(&options.labels, &scored),
+    };
+    let teacher = options.teacher.as_ref().map(|t| TeacherModel::open(t, &inputs, &output)).transpose()?;
 
-    let classes = scored.classes().filter(|_| options.loss.label_kind() == Some(LabelKind::Class));
+    let kind = match &own {
+        Some(own) => own.label_kind(&options.labels),
+        None => options.loss.label_kind(),
+    };
+    let classes = scored.classes().filter(|_| kind == Some(LabelKind::Class));
     let open = |paths: &[PathBuf], label_names| {
         let read = ReadOptions {
             inputs: &inputs,
             labels: &options.labels,
-            kind: options.loss.label_kind(),
+            kind,
             classes,
             roles: options.loss.roles(),
             map: &options.map,
@@ -240,8 +269,9 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     let loss_model = |dropout| {
         let learners = Learners { injection: &injection, trained: &trained, dropout };
         let (loss, pooling) = (options.loss, &options.pooling);
-        let (roles, precision, recompute) = (feed.roles(), options.precision, options.recompute);
-        let task = Task { loss, pooling, output: &scored, columns: &columns, roles, precision, recompute };
+        let (own, teacher, roles) = (own.as_ref(), teacher.as_ref(), feed.roles());
+        let (precision, recompute) = (options.precision, options.recompute);
+        let task = Task { own, teacher, roles, precision, recompute, ..Task::new(loss, pooling, &scored, &columns) };
         LossModel::new(model, learners, &parameters, task)
     };
     let mut checkpoints = Checkpoints::new(model, options, engine);
@@ -282,6 +312,7 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
         steps_taken: steps_before,
         output: output.name.clone(),
         trainable: parameters.iter().map(|p| p.value.len()).sum(),
+        frozen,
     });
     let begun = Instant::now();
     let (metrics, events) = (options.out.join(metrics::FILE), options.out.join(tensorboard::FILE));

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use super::best::Metric;
-use super::data::{ImageOptions, LabelKind, TextOptions};
+use super::data::{ImageOptions, TextOptions};
 use super::loss::{Loss, Pooling};
 use super::optimizer::Rule;
 use super::precision::Precision;
 use super::schedule::Shape;
+use super::teacher::Teacher;
 use crate::engine::LoadOptions;
 use crate::{Error, Result};
 
@@ -40,7 +41,15 @@ pub struct TrainOptions {
     pub early_stopping_patience: Option<usize>,
     /// What is no more than this is no gain.
     pub early_stopping_threshold: f64,
+    /// [`Loss::Own`] with a `loss_model`, and only with one.
     pub loss: Loss,
+    /// An ONNX file that computes the loss: its inputs have the names of outputs and inputs of the model and of columns of the
+    /// data, its one output is a float scalar. Several batches of a step count by their samples.
+    pub loss_model: Option<PathBuf>,
+    /// Whose scores are soft targets beside the labels.
+    pub teacher: Option<Teacher>,
+    /// Everything before the outputs of the node of this name is constant, and learns nothing.
+    pub freeze_until: Option<String>,
     /// Those of the active adapters that learn, the others staying as they are; `None`: all.
     pub adapter_names: Option<Vec<String>>,
     /// The output that is trained; `None`: the head's, or the model's only one.
@@ -113,6 +122,9 @@ impl TrainOptions {
             early_stopping_patience: None,
             early_stopping_threshold: 0.0,
             loss,
+            loss_model: None,
+            teacher: None,
+            freeze_until: None,
             adapter_names: None,
             output: None,
             pooling: Pooling::default(),
@@ -171,6 +183,7 @@ impl TrainOptions {
             Loss::Triplet { margin, .. } => (1.0, margin),
             _ => (1.0, 1.0),
         };
+        let (taught_at, alpha) = self.teacher.as_ref().map_or((1.0, 0.5), |t| (t.temperature, t.alpha));
         let (cycles, power, lr_end) = match self.schedule {
             Shape::CosineWithRestarts { cycles } => (cycles, 1.0, 0.0),
             Shape::Polynomial { power, lr_end } => (1, power, lr_end),
@@ -180,6 +193,8 @@ impl TrainOptions {
             ((0.0..=1.0).contains(&smoothing), "label-smoothing", "a number from 0 to 1"),
             (positive(delta), "huber-delta", "a number above 0"),
             (positive(temperature), "temperature", "a number above 0"),
+            (positive(taught_at), "temperature", "a number above 0"),
+            ((0.0..=1.0).contains(&alpha), "alpha", "a number from 0 to 1"),
             (positive(scale), "scale", "a number above 0"),
             (positive(margin), "margin", "a number above 0"),
             (positive(self.lr), "lr", "a number above 0"),
@@ -209,6 +224,12 @@ impl TrainOptions {
         if let Some((_, flag, wanted)) = rules.iter().find(|(holds, ..)| !holds) {
             return Err(Error::config(format!("{flag} has to be {wanted}")));
         }
+        if (self.loss == Loss::Own) != self.loss_model.is_some() {
+            return Err(Error::config("give loss or loss-model, one of them"));
+        }
+        if self.teacher.is_some() && !self.loss.takes_teacher() {
+            return Err(Error::config("a teacher goes with a loss against labels; leave out teacher here"));
+        }
         if self.steps.is_some() && self.epochs.is_some() {
             return Err(Error::config("give steps or epochs, not both"));
         }
@@ -223,7 +244,7 @@ impl TrainOptions {
         if let (Some(flag), true) = (wants_best, self.eval_data.is_empty()) {
             return Err(Error::config(format!("{flag} compares evaluations; give eval-data")));
         }
-        if self.metric_for_best_model == Metric::EvalAccuracy && self.loss.label_kind() != Some(LabelKind::Class) {
+        if self.metric_for_best_model == Metric::EvalAccuracy && !self.loss.scores_classes() {
             return Err(Error::config("metric-for-best-model eval_accuracy is for losses over classes; use eval_loss"));
         }
         Ok(())
@@ -235,6 +256,10 @@ mod tests {
     use super::super::loss::Distance;
     use super::*;
 
+    fn teacher() -> Teacher {
+        Teacher { model: "teacher.onnx".into(), output: None, temperature: 1.0, alpha: 0.5 }
+    }
+
     #[test]
     fn impossible_settings_are_named() {
         let with = |change: fn(&mut TrainOptions)| {
@@ -244,12 +269,15 @@ mod tests {
         };
         assert!(with(|_| ()).is_ok());
         type Change = fn(&mut TrainOptions);
-        let cases: [(Change, &str); 28] = [
+        let cases: [(Change, &str); 31] = [
             (|o| o.loss = Loss::CrossEntropy { label_smoothing: 1.5 }, "label-smoothing"),
             (|o| o.loss = Loss::Huber { delta: 0.0 }, "huber-delta"),
             (|o| o.loss = Loss::KlDiv { temperature: -1.0 }, "temperature"),
             (|o| o.loss = Loss::MultipleNegativesRanking { scale: 0.0, symmetric: false }, "scale"),
             (|o| o.loss = Loss::Triplet { margin: -1.0, distance: Distance::Cosine }, "margin"),
+            (|o| o.loss = Loss::Own, "loss-model"),
+            (|o| o.teacher = Some(Teacher { alpha: 1.5, ..teacher() }), "alpha"),
+            (|o| o.teacher = Some(Teacher { temperature: 0.0, ..teacher() }), "temperature"),
             (|o| o.lr = f64::NAN, "lr"),
             (|o| o.head_lr = Some(-1.0), "head-lr"),
             (|o| o.weight_decay = -0.1, "weight-decay"),

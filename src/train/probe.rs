@@ -54,15 +54,8 @@ pub fn probe(
         dims: Some(dims.iter().map(|_| Axis::Free).collect()),
     };
     let pooling = Pooling::default();
-    let task = Task {
-        loss: Loss::Mse,
-        pooling: &pooling,
-        output: &output,
-        columns: &[labels],
-        roles: 1,
-        precision,
-        recompute: false,
-    };
+    let columns = [labels];
+    let task = Task { precision, ..Task::new(Loss::Mse, &pooling, &output, &columns) };
     let loss = LossModel::new(model, learners, &parameters, task)?;
     let len = dims.iter().product();
     let (model, others) = loss.whole_gradient(vec![Tensor::new(&dims, vec![0f32; len])])?;

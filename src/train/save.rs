@@ -1,6 +1,6 @@
 //! What a run leaves behind: `injected.onnx` with the trained values and `adapter/` in PEFT's form.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -26,10 +26,17 @@ pub(super) fn injected(model: &Model, parameters: &[Parameter], path: &Path) -> 
 /// Writes every adapter of the model below `dir`: the one called `default` into it, each other one into a directory of
 /// its name, as PEFT does. A head is saved with each, as PEFT saves `modules_to_save`.
 pub(super) fn adapters(model: &Model, injection: &Injection, parameters: &[Parameter], dir: &Path) -> Result<()> {
-    let values: HashMap<&str, &Tensor> = parameters.iter().map(|p| (p.name.as_str(), &p.value)).collect();
+    let mut values: HashMap<&str, Tensor> = parameters.iter().map(|p| (p.name.as_str(), p.value.clone())).collect();
+    let trained: HashSet<&str> = values.keys().copied().collect();
+    // What was frozen in an adapter that learned, and a frozen head, are as the model has them.
+    let head = injection.head.iter().flat_map(|h| [h.weight.as_str(), h.bias.as_str()]);
+    let all: HashSet<&str> = injection.adapters.iter().flat_map(|a| a.parameters()).chain(head).collect();
+    for tensor in model.graph().initializer.iter().filter(|t| all.contains(t.name()) && !trained.contains(t.name())) {
+        values.insert(tensor.name(), model.tensor(tensor)?);
+    }
     for record in &injection.adapters {
-        let adapter = if record.parameters().all(|p| values.contains_key(p)) {
-            collect(record, |p| values.get(p).map(|v| (*v).clone())).map_err(Error::model)?
+        let adapter = if record.parameters().any(|p| trained.contains(p)) {
+            collect(record, |p| values.get(p).cloned()).map_err(Error::model)?
         } else {
             extract(model, injection, &record.name)?
         };
@@ -48,12 +55,12 @@ pub(super) fn adapter_bytes(injection: &Injection, dir: &Path) -> u64 {
 }
 
 /// The adapter with the model's head as one of its saved modules.
-fn with_head(mut adapter: Adapter, injection: &Injection, values: &HashMap<&str, &Tensor>) -> Adapter {
+fn with_head(mut adapter: Adapter, injection: &Injection, values: &HashMap<&str, Tensor>) -> Adapter {
     if let Some(head) = &injection.head {
         adapter.config.modules_to_save.get_or_insert_default().push(head.name.clone());
         for (leaf, parameter) in [("weight", &head.weight), ("bias", &head.bias)] {
             if let Some(value) = values.get(parameter.as_str()) {
-                adapter.saved.insert(format!("{}.{leaf}", head.name), (*value).clone());
+                adapter.saved.insert(format!("{}.{leaf}", head.name), value.clone());
             }
         }
     }

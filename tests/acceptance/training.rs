@@ -10,7 +10,7 @@ use bone_onnx::peft::{self, ReadOptions};
 use bone_onnx::train::data::{Batch, Field, LabelKind, Target};
 use bone_onnx::train::graph::{self, Learners, LossModel, Task};
 use bone_onnx::train::optimizer::Rule;
-use bone_onnx::train::{self, Loss, Pooling, Precision, TrainOptions};
+use bone_onnx::train::{self, Loss, Pooling, TrainOptions};
 
 use crate::common::{Bench, KINDS, Subject, VARIANTS, assert_close, engine, extracted, initializers, mlps, record};
 use crate::learning::each_learner;
@@ -85,15 +85,7 @@ fn row_14_gradients_only_on_what_trains() {
         let (goal, output) = (subject.goal(), Field::of(&model.graph().output[0]));
         let columns = [Target::labels("labels", LabelKind::Number, &output).field(goal.dims().len())];
         let (loss, pooling) = (Loss::Mse, &Pooling::default());
-        let task = Task {
-            loss,
-            pooling,
-            output: &output,
-            columns: &columns,
-            roles: 1,
-            precision: Precision::F32,
-            recompute: false,
-        };
+        let task = Task::new(loss, pooling, &output, &columns);
         let loss = LossModel::new(&model, learners, &parameters, task).expect(what);
         let mut session = loss.gradient(engine(), &LoadOptions { threads: Some(1), optimize: true }).expect(what);
         let inputs = subject.inputs.iter().map(|(n, t)| (n.clone(), t.clone())).collect();

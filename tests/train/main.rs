@@ -12,3 +12,4 @@ mod precision;
 mod quantized;
 mod resume;
 mod runs;
+mod teaching;

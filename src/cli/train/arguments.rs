@@ -52,9 +52,23 @@ pub struct Arguments {
 
     /// With class ids (-100 is left out): cross-entropy, causal-lm (each token against the next one's label); with
     /// numbers: bce-with-logits, mse, mae, huber; with rows: kl-div (soft targets), cosine-embedding; of pairs, without
-    /// labels: multiple-negatives-ranking (InfoNCE: each anchor is to find its positive in the batch), triplet
+    /// labels: multiple-negatives-ranking (InfoNCE: each anchor is to find its positive in the batch), triplet; of
+    /// sequences: ctc (with arrays input_lengths and target_lengths)
+    #[arg(long, value_name = "LOSS", required_unless_present_any = ["loss_model", "config"])]
+    pub loss: Option<Loss>,
+
+    /// The class that means no label, for ctc [default: 0]
     #[arg(long)]
-    pub loss: Loss,
+    pub blank: Option<usize>,
+
+    /// In ctc, count labels that do not fit into their frames as no loss instead of an infinite one
+    #[arg(long)]
+    pub zero_infinity: bool,
+
+    /// A loss of your own, in place of --loss: an ONNX model whose inputs have the names of outputs of the model and of
+    /// columns of the data, and whose output is a scalar
+    #[arg(long, value_name = "FILE", conflicts_with = "loss")]
+    pub loss_model: Option<PathBuf>,
 
     /// Part of a class label that is spread over all classes, for cross-entropy and causal-lm [default: 0]
     #[arg(long, visible_alias = "label-smoothing-factor")]
@@ -64,9 +78,25 @@ pub struct Arguments {
     #[arg(long)]
     pub huber_delta: Option<f64>,
 
-    /// What kl-div divides the scores by before their softmax [default: 1]
+    /// What kl-div and --teacher divide the scores by before their softmax [default: 1; with a teacher: 2]
     #[arg(long)]
     pub temperature: Option<f64>,
+
+    /// Distil: an ONNX model with (some of) the same inputs, whose scores are soft targets beside the labels
+    #[arg(long, value_name = "FILE")]
+    pub teacher: Option<PathBuf>,
+
+    /// The teacher's output with the scores [default: the one named as the model's, or its only one]
+    #[arg(long, value_name = "NAME", requires = "teacher")]
+    pub teacher_output: Option<String>,
+
+    /// Part of the labels' loss with a teacher; the rest is the divergence from it [default: 0.5]
+    #[arg(long, requires = "teacher")]
+    pub alpha: Option<f64>,
+
+    /// End the gradients at this node: all that lies before its outputs is constant
+    #[arg(long, value_name = "NODE")]
+    pub freeze_until: Option<String>,
 
     /// What multiple-negatives-ranking multiplies the cosines by: 1/temperature of InfoNCE [default: 20]
     #[arg(long)]

@@ -69,6 +69,9 @@ impl Progress for Bar<'_> {
             "{} samples, {} steps of {}, {} trainable parameters, loss on {}",
             plan.rows, plan.steps, plan.batch_size, plan.trainable, plan.output
         ));
+        if !plan.frozen.is_empty() {
+            self.printer.say(format!("{} frozen: {}", plan.frozen.len(), plan.frozen.join(", ")));
+        }
         if plan.steps_taken > 0 {
             self.printer.say(format!("going on after step {}", plan.steps_taken));
         }

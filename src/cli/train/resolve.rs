@@ -4,7 +4,7 @@ use super::arguments::Arguments;
 use crate::cli::inject::pool;
 use crate::train::optimizer::Rule;
 use crate::train::schedule::Shape;
-use crate::train::{EvalStrategy, Loss, Pooling, TrainOptions};
+use crate::train::{EvalStrategy, Loss, Pooling, Teacher, TrainOptions};
 use crate::{Error, Result};
 
 /// Fails where a flag was `given` that is for other choices than the one made.
@@ -14,12 +14,20 @@ fn only_for(given: bool, flag: &str, choices: &str) -> Result<()> {
 
 impl Arguments {
     fn loss(&self) -> Result<Loss> {
-        let mut loss = self.loss;
+        let mut loss = match (self.loss, &self.loss_model) {
+            (Some(loss), _) => loss,
+            (None, Some(_)) => Loss::Own,
+            (None, None) => return Err(Error::config("give --loss, or --loss-model with a loss of your own")),
+        };
         let given = (self.label_smoothing.is_some(), self.huber_delta.is_some(), self.temperature.is_some());
         let by_class = matches!(loss, Loss::CrossEntropy { .. } | Loss::CausalLm { .. });
         only_for(given.0 && !by_class, "label-smoothing", "--loss cross-entropy and causal-lm")?;
         only_for(given.1 && !matches!(loss, Loss::Huber { .. }), "huber-delta", "--loss huber")?;
-        only_for(given.2 && !matches!(loss, Loss::KlDiv { .. }), "temperature", "--loss kl-div")?;
+        let cools = matches!(loss, Loss::KlDiv { .. }) || self.teacher.is_some();
+        only_for(given.2 && !cools, "temperature", "--loss kl-div and --teacher")?;
+        let ctc = matches!(loss, Loss::Ctc { .. });
+        only_for(self.blank.is_some() && !ctc, "blank", "--loss ctc")?;
+        only_for(self.zero_infinity && !ctc, "zero-infinity", "--loss ctc")?;
         let ranks = matches!(loss, Loss::MultipleNegativesRanking { .. });
         only_for(self.scale.is_some() && !ranks, "scale", "--loss multiple-negatives-ranking")?;
         only_for(self.symmetric && !ranks, "symmetric", "--loss multiple-negatives-ranking")?;
@@ -32,10 +40,16 @@ impl Arguments {
                 *value = self.label_smoothing.unwrap_or(*value);
             }
             Loss::Huber { delta: value } => *value = self.huber_delta.unwrap_or(*value),
-            Loss::KlDiv { temperature: value } => *value = self.temperature.unwrap_or(*value),
+            Loss::KlDiv { temperature: value } if self.teacher.is_none() => {
+                *value = self.temperature.unwrap_or(*value);
+            }
             Loss::MultipleNegativesRanking { scale, symmetric } => {
                 *scale = self.scale.unwrap_or(*scale);
                 *symmetric = self.symmetric;
+            }
+            Loss::Ctc { blank, zero_infinity } => {
+                *blank = self.blank.unwrap_or(*blank);
+                *zero_infinity = self.zero_infinity;
             }
             Loss::Triplet { margin, distance } => {
                 *margin = self.margin.unwrap_or(*margin);
@@ -44,6 +58,15 @@ impl Arguments {
             _ => {}
         }
         Ok(loss)
+    }
+
+    fn taught(&self) -> Option<Teacher> {
+        Some(Teacher {
+            model: self.teacher.clone()?,
+            output: self.teacher_output.clone(),
+            temperature: self.temperature.unwrap_or(2.0),
+            alpha: self.alpha.unwrap_or(0.5),
+        })
     }
 
     fn rule(&self) -> Result<Rule> {
@@ -106,6 +129,9 @@ impl Arguments {
             early_stopping_threshold: self.early_stopping_threshold,
             adapter_names: self.adapter_names.clone(),
             output: self.output.clone(),
+            loss_model: self.loss_model.clone(),
+            teacher: self.taught(),
+            freeze_until: self.freeze_until.clone(),
             pooling: Pooling { pool: pool(&self.pool), mask: self.pool_mask.clone() },
             optimizer: self.rule()?,
             lr: self.lr,

@@ -89,6 +89,8 @@ pub struct Target {
     pub shapes: Vec<Vec<Axis>>,
     /// The flag that names it (for messages), where there is one.
     pub flag: Option<&'static str>,
+    /// What else its name could have meant, beside a column (for messages).
+    pub others: Vec<String>,
 }
 
 impl Target {
@@ -108,7 +110,7 @@ impl Target {
             }
             _ => {}
         }
-        Self { name: name.into(), data_type, shapes, flag: Some("--labels") }
+        Self { name: name.into(), data_type, shapes, flag: Some("--labels"), others: Vec::new() }
     }
 
     /// As a column of this rank is: in the shape that it may have.
@@ -161,7 +163,8 @@ impl<'a> Feed<'a> {
                 }
                 Some(_) => continue,
             };
-            return Err(bad(format!("{what}.{}", did_you_mean(&target.name, dataset.names()))));
+            let names = dataset.names().chain(target.others.iter().map(String::as_str));
+            return Err(bad(format!("{what}.{}", did_you_mean(&target.name, names))));
         }
         for name in dataset.names().filter(|n| !is_target(n)) {
             if !inputs.iter().any(|i| i.name == name) {

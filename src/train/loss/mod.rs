@@ -4,8 +4,10 @@
 //! Each is a mean, and [`Loss::count`] says over how many: so means of batches can be put together.
 
 mod classes;
+mod ctc;
 mod elements;
 pub(super) mod nodes;
+mod own;
 mod pairs;
 mod pool;
 mod rows;
@@ -17,6 +19,7 @@ use super::data::{Batch, Field, IGNORE, LabelKind, Roles, Target};
 use crate::onnx::{DataType, ModelProto, Names, Tensor, node, value_info};
 use crate::{Error, Result};
 use nodes::Nodes;
+pub(super) use own::OwnLoss;
 pub use pairs::Distance;
 pub use pool::Pooling;
 
@@ -53,10 +56,16 @@ pub enum Loss {
     /// What is missing for an anchor to be nearer to its positive than to its negative by `margin`; mean over all anchors
     /// (`triplet_margin_loss`; `TripletLoss` of sentence-transformers).
     Triplet { margin: f64, distance: Distance },
+    /// −log of the probability of a row's labels over all ways to place them on its frames, divided by their number;
+    /// mean over the rows (`ctc_loss`). The columns `input_lengths` and `target_lengths` say how many frames and labels of
+    /// each row count. A row whose labels do not fit into its frames has an infinite loss, or 0 with `zero_infinity`.
+    Ctc { blank: usize, zero_infinity: bool },
+    /// That of [`TrainOptions::loss_model`](super::TrainOptions::loss_model).
+    Own,
 }
 
 /// A [`Loss`] by its name, with PyTorch's defaults, and sentence-transformers' for ranking.
-const NAMES: [(&str, Loss); 10] = [
+const NAMES: [(&str, Loss); 11] = [
     ("cross-entropy", Loss::CrossEntropy { label_smoothing: 0.0 }),
     ("causal-lm", Loss::CausalLm { label_smoothing: 0.0 }),
     ("bce-with-logits", Loss::BceWithLogits),
@@ -67,6 +76,7 @@ const NAMES: [(&str, Loss); 10] = [
     ("cosine-embedding", Loss::CosineEmbedding),
     ("multiple-negatives-ranking", Loss::MultipleNegativesRanking { scale: 20.0, symmetric: false }),
     ("triplet", Loss::Triplet { margin: 1.0, distance: Distance::Euclidean }),
+    ("ctc", Loss::Ctc { blank: 0, zero_infinity: false }),
 ];
 
 impl FromStr for Loss {
@@ -90,8 +100,8 @@ impl Loss {
     /// What the labels are; `None` where it has none.
     pub fn label_kind(self) -> Option<LabelKind> {
         match self {
-            Self::CrossEntropy { .. } | Self::CausalLm { .. } => Some(LabelKind::Class),
-            Self::MultipleNegativesRanking { .. } | Self::Triplet { .. } => None,
+            Self::CrossEntropy { .. } | Self::CausalLm { .. } | Self::Ctc { .. } => Some(LabelKind::Class),
+            Self::MultipleNegativesRanking { .. } | Self::Triplet { .. } | Self::Own => None,
             _ => Some(LabelKind::Number),
         }
     }
@@ -105,9 +115,22 @@ impl Loss {
         }
     }
 
+    /// Whether the output has the scores of one class for each label.
+    pub fn scores_classes(self) -> bool {
+        matches!(self, Self::CrossEntropy { .. } | Self::CausalLm { .. })
+    }
+
+    /// Whether a teacher's scores can be soft targets beside the labels.
+    pub fn takes_teacher(self) -> bool {
+        self.label_kind().is_some() && !matches!(self, Self::Ctc { .. })
+    }
+
     /// The columns that it reads beside `output`; the labels first, in the column `labels`.
     pub(super) fn columns(self, labels: &str, output: &Field) -> Vec<Target> {
-        self.label_kind().iter().map(|kind| Target::labels(labels, *kind, output)).collect()
+        match self {
+            Self::Ctc { .. } => ctc::columns(labels, output),
+            _ => self.label_kind().iter().map(|kind| Target::labels(labels, *kind, output)).collect(),
+        }
     }
 
     /// What each row of the output is held against: the labels, moved to the token before in a causal model.
@@ -133,7 +156,9 @@ impl Loss {
                 labels.len() / labels.dims().last().copied().unwrap_or(1).max(1)
             }
             Self::BceWithLogits | Self::Mse | Self::Mae | Self::Huber { .. } => labels.len(),
-            Self::MultipleNegativesRanking { .. } | Self::Triplet { .. } => batch.samples,
+            Self::MultipleNegativesRanking { .. } | Self::Triplet { .. } | Self::Ctc { .. } | Self::Own => {
+                batch.samples
+            }
         }
     }
 }
@@ -147,18 +172,30 @@ pub struct LossNames {
     pub loss: String,
 }
 
+/// What a teacher adds to a loss.
+#[derive(Debug)]
+pub struct Distilled {
+    /// The teacher's scores, in the shape of the output.
+    pub scores: Field,
+    pub temperature: f64,
+    /// The part of the labels' loss.
+    pub alpha: f64,
+}
+
 /// Adds `loss` behind `output`: a graph input for each column that it reads and a scalar output. The rows of `output`
 /// are those of `roles` parts of each sample, one part below the other.
 ///
 /// # Errors
 /// For classes, the last axis of `output` must have a known size; a causal model's output has an axis of tokens before
-/// it; one that ranks has a row for each text; the operator set must be 13 or newer.
+/// it; one that ranks has a row for each text; a teacher goes with losses against labels; the operator set must be 13 or
+/// newer.
 pub fn append(
     model: &mut ModelProto,
     loss: Loss,
     output: &Field,
     columns: &[Field],
     roles: usize,
+    teacher: Option<&Distilled>,
 ) -> Result<LossNames> {
     if model.opset() < 13 {
         return Err(Error::model(format!(
@@ -186,7 +223,7 @@ pub fn append(
         Some(_) => nodes.float(&output.name),
     };
     let rank = output.dims.as_ref().map(Vec::len);
-    let value = match loss {
+    let mut value = match loss {
         Loss::CrossEntropy { label_smoothing } => {
             classes::cross_entropy(&mut nodes, &scores, &labels, classes::number(output)?, label_smoothing)
         }
@@ -210,7 +247,28 @@ pub fn append(
             let parts = pairs::parts(&mut nodes, &scores, output, roles, opset)?;
             pairs::triplet(&mut nodes, &parts, margin, distance)?
         }
+        Loss::Ctc { blank, zero_infinity } => ctc::ctc(&mut nodes, &scores, &targets, output, (blank, zero_infinity))?,
+        Loss::Own => return Err(Error::config("a loss of your own comes from loss-model")),
     };
+    if let Some(teacher) = teacher {
+        let Some(kind) = loss.label_kind().filter(|_| loss.takes_teacher()) else {
+            return Err(Error::config("a teacher goes with losses against labels; leave out teacher"));
+        };
+        let float = !matches!(teacher.scores.data_type, None | Some(DataType::Float));
+        let of_teacher = if float { nodes.float(&teacher.scores.name) } else { teacher.scores.name.clone() };
+        let counted = (kind == LabelKind::Class).then_some(labels.as_str());
+        let divergence = match loss {
+            Loss::CausalLm { .. } => {
+                let (scores, labels) = classes::shifted(&mut nodes, &scores, &labels, output, label_rank)?;
+                let of_teacher = nodes.slice(&of_teacher, -2, 0, -1);
+                rows::distilled(&mut nodes, &scores, &of_teacher, Some(&labels), teacher.temperature)
+            }
+            _ => rows::distilled(&mut nodes, &scores, &of_teacher, counted, teacher.temperature),
+        };
+        let hard = nodes.times(&value, teacher.alpha);
+        let soft = nodes.times(&divergence, 1.0 - teacher.alpha);
+        value = nodes.op("Add", &[&hard, &soft]);
+    }
     graph.node.push(node("Identity", &[&value], &[&scalar]));
     graph.output.push(value_info(&scalar, DataType::Float, &[]));
     Ok(LossNames { targets, loss: scalar })
@@ -239,7 +297,7 @@ mod tests {
         };
         let output = Field::of(&value_info("labels", DataType::Float, dims));
         let column = loss.columns("labels", &output)[0].field(labels.dims().len());
-        let names = append(&mut model, loss, &output, &[column], 1).unwrap();
+        let names = append(&mut model, loss, &output, &[column], 1, None).unwrap();
         let engine = engine::open(EngineKind::Auto, Device::Cpu).unwrap();
         let mut session = engine.load(&model, &LoadOptions { threads: Some(1), optimize: true }).unwrap();
         let out = session.run(&[("x", &logits), (&names.targets[0], &labels)], &[&names.loss]).unwrap();
@@ -296,7 +354,7 @@ mod tests {
         };
         let mut refused = |loss, field: &Field, opset| {
             model.opset_import[0].version = Some(opset);
-            append(&mut model, loss, field, &labels, 2).unwrap_err().to_string()
+            append(&mut model, loss, field, &labels, 2, None).unwrap_err().to_string()
         };
         assert!(refused(Loss::cross_entropy(), &field, 17).contains("output y"));
         assert!(refused(Loss::Mse, &field, 11).contains("operator set 11"));

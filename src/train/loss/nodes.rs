@@ -1,6 +1,6 @@
 //! A writer of nodes: each call adds one and gives the name of its value.
 
-use crate::onnx::{AttributeProto, DataType, GraphProto, Names, Tensor, constant_i64, node};
+use crate::onnx::{AttributeProto, DataType, GraphProto, Names, Tensor, constant_i64, node, value_info};
 
 pub(in crate::train) struct Nodes<'a> {
     graph: &'a mut GraphProto,
@@ -82,6 +82,44 @@ impl<'a> Nodes<'a> {
     /// Along the first axis.
     pub fn concat(&mut self, values: &[&str]) -> String {
         self.op_with("Concat", values, Some(AttributeProto::int("axis", 0)))
+    }
+
+    /// Along the last axis.
+    pub fn append(&mut self, value: &str, other: &str) -> String {
+        self.op_with("Concat", &[value, other], Some(AttributeProto::int("axis", -1)))
+    }
+
+    /// 0, 1, … below the number in `count`, which has one axis.
+    pub fn range(&mut self, count: &str) -> String {
+        let limit = self.op("Squeeze", &[count]);
+        let bounds = [0i64, 1].map(|n| {
+            let name = self.name("integer");
+            self.graph.initializer.push(Tensor::scalar(n).to_proto(&name));
+            name
+        });
+        self.op("Range", &[&bounds[0], &limit, &bounds[1]])
+    }
+
+    /// What `step` makes of a state and each element of the first axis of `sequence`, one after the other from `initial`
+    /// on: all states, stacked. States and elements have two axes.
+    pub fn scan(
+        &mut self,
+        initial: &str,
+        sequence: &str,
+        step: impl FnOnce(&mut Nodes, &str, &str) -> String,
+    ) -> String {
+        let [state, element, next, each, last, all] =
+            ["state", "element", "next", "each", "last", "all"].map(|part| self.name(part));
+        let matrix = |name: &str| value_info(name, DataType::Float, &["", ""]);
+        let mut body = GraphProto { name: Some(self.name("step")), ..Default::default() };
+        let made = step(&mut Nodes::new(&mut body, self.names, self.prefix), &state, &element);
+        body.node.extend([&next, &each].map(|output| node("Identity", &[&made], &[output])));
+        body.input = vec![matrix(&state), matrix(&element)];
+        body.output = vec![matrix(&next), matrix(&each)];
+        let mut scan = node("Scan", &[initial, sequence], &[&last, &all]);
+        scan.attribute = vec![AttributeProto::graph("body", body), AttributeProto::int("num_scan_inputs", 1)];
+        self.graph.node.push(scan);
+        all
     }
 
     /// Of a matrix.

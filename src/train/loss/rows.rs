@@ -1,5 +1,6 @@
 //! Losses that compare a row of numbers with another: a mean over all rows of the last axis.
 
+use super::super::data::IGNORE;
 use super::nodes::Nodes;
 
 /// T²·Σ t·(log t − log softmax(x/T)); a target of 0 adds nothing.
@@ -16,6 +17,45 @@ pub(super) fn kl_div(nodes: &mut Nodes, scores: &str, target: &str, temperature:
     let terms = nodes.op("Sub", &[&own, &cross]);
     let rows = nodes.sum_of_last(&terms);
     let mean = nodes.mean(&rows);
+    nodes.times(&mean, temperature * temperature)
+}
+
+/// Logarithms of probabilities below this count as this: a teacher may rule a class out.
+const LEAST_LOG: f64 = -1e4;
+
+/// T²·Σ t·(log t − log softmax(x/T)) with t = softmax(teacher/T), mean over the rows whose label is not [`IGNORE`].
+pub(super) fn distilled(
+    nodes: &mut Nodes,
+    scores: &str,
+    teacher: &str,
+    labels: Option<&str>,
+    temperature: f64,
+) -> String {
+    let mut log = |scores: &str| {
+        let cooled = nodes.times(scores, 1.0 / temperature);
+        nodes.log_softmax(&cooled)
+    };
+    let (log, target) = (log(scores), log(teacher));
+    let share = nodes.op("Exp", &[&target]);
+    let least = nodes.number(LEAST_LOG);
+    let target = nodes.op("Max", &[&target, &least]);
+    let apart = nodes.op("Sub", &[&target, &log]);
+    let terms = nodes.op("Mul", &[&share, &apart]);
+    let rows = nodes.sum_of_last(&terms);
+    let mean = match labels {
+        None => nodes.mean(&rows),
+        Some(labels) => {
+            let none = nodes.integers(&[IGNORE]);
+            let ignored = nodes.op("Equal", &[labels, &none]);
+            let (zero, one) = (nodes.number(0.0), nodes.number(1.0));
+            let counted = nodes.op("Where", &[&ignored, &zero, &rows]);
+            let sum = nodes.sum(&counted);
+            let counts = nodes.op("Where", &[&ignored, &zero, &one]);
+            let count = nodes.sum(&counts);
+            let count = nodes.op("Max", &[&count, &one]);
+            nodes.op("Div", &[&sum, &count])
+        }
+    };
     nodes.times(&mean, temperature * temperature)
 }
 
