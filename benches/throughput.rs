@@ -155,7 +155,7 @@ fn main() -> Result<()> {
         let options = TrainOptions {
             text,
             batch_size: Some(BATCH),
-            epochs: Some(1),
+            epochs: Some(3),
             load: LoadOptions { threads: None, optimize: true },
             ..TrainOptions::new(dir.path().join(format!("run{round}")), &data, Loss::cross_entropy())
         };
