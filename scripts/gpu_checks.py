@@ -3,7 +3,7 @@
 
     cargo build --release
     scripts/gpu_checks.py                  # on a machine with a GPU, onnxruntime-gpu and PyTorch
-    scripts/gpu_checks.py --cpu --no-write # the same machinery with tiny models, without a GPU
+    scripts/gpu_checks.py --cpu --no-write # the same machinery with tiny models, without a GPU (test.sh)
 
 Checks: the losses of 50 steps on CUDA against the CPU's, within 1e-4 in float32; from the engine's profile, that no node
 of a gradient graph falls to the CPU; step time and peak memory against PyTorch with the same Bone adapters, for an

@@ -40,6 +40,9 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 cargo run --release -- quickstart -o "$out"
 
+step "the GPU checks' machinery, on the CPU"
+python3 scripts/gpu_checks.py --cpu --no-write --work "$out/gpu"
+
 step "PEFT and ONNX Runtime for Python agree"
 python3 scripts/interop.py
 
