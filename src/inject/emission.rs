@@ -12,7 +12,7 @@ use crate::onnx::{DataType, GraphProto, ModelProto, NewTensor, NodeProto, Patch,
 pub(crate) enum Form<'a> {
     /// A file that runtimes load: standard operators, blocks beside the layers they adapt.
     Served,
-    /// A graph to derive gradients of: weights take in their blocks once a step (see `train/form.rs`), and the inputs
+    /// A graph to derive gradients of: weights take in their blocks once a step (see `train/graph/form.rs`), and the inputs
     /// of `trained` adapters' blocks drop out where there is a seed for it.
     Trained { trained: &'a [String], dropout: Option<u64> },
 }

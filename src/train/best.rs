@@ -4,7 +4,7 @@
 use std::str::FromStr;
 
 use super::graph::Parameter;
-use super::metrics::EvalReport;
+use super::record::metrics::EvalReport;
 
 /// What evaluations are compared by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

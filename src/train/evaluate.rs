@@ -3,7 +3,7 @@
 use super::data::{Batches, Feed, IGNORE};
 use super::graph::{ForwardSession, Parameter};
 use super::loss::Loss;
-use super::metrics::EvalReport;
+use super::record::metrics::EvalReport;
 use crate::onnx::Tensor;
 use crate::{Error, Result};
 

@@ -7,8 +7,8 @@ use prost::Message;
 
 use super::data::{Field, read_arrays};
 use super::loss::{self, Distance, Distilled, Loss, OwnLoss, Pooling};
-use super::optimizer::{Group, Optimizer, Rule, Scale};
-use super::schedule::{Schedule, Shape};
+use super::update::optimizer::{Group, Optimizer, Rule, Scale};
+use super::update::schedule::{Schedule, Shape};
 use crate::adapter::Pool;
 use crate::autodiff::{self, Request, Seed};
 use crate::engine::{self, Device, Engine, EngineKind, LoadOptions};

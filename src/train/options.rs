@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use super::best::Metric;
 use super::data::{ImageOptions, TextOptions};
+use super::graph::precision::Precision;
+use super::graph::teacher::Teacher;
 use super::loss::{Loss, Pooling};
-use super::optimizer::Rule;
-use super::precision::Precision;
-use super::schedule::Shape;
-use super::teacher::Teacher;
+use super::update::optimizer::Rule;
+use super::update::schedule::Shape;
 use crate::engine::LoadOptions;
 use crate::{Error, Result};
 
@@ -253,8 +253,8 @@ impl TrainOptions {
 
 #[cfg(test)]
 mod tests {
-    use super::super::loss::Distance;
     use super::*;
+    use crate::train::loss::Distance;
 
     fn teacher() -> Teacher {
         Teacher { model: "teacher.onnx".into(), output: None, temperature: 1.0, alpha: 0.5 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::data::Batch;
 use super::graph::{LossModel, Parameter};
-use super::optimizer::Rule;
+use super::update::optimizer::Rule;
 use crate::Result;
 use crate::onnx::shape::{Dim, Shapes};
 use crate::onnx::{DataType, GraphProto, ModelProto, Tensor};

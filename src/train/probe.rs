@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::data::{Axis, Field};
+use super::goal::output_field;
+use super::graph::precision::Precision;
 use super::graph::{self, Learners, LossModel, Task};
 use super::loss::{Loss, Pooling};
-use super::output_field;
-use super::precision::Precision;
 use crate::adapter::Injection;
 use crate::engine::{Engine, LoadOptions};
 use crate::onnx::shape::{Dim, Shapes};

@@ -159,7 +159,7 @@ fn tolerance(data_type: DataType, theirs: &Tensor) -> f64 {
 #[test]
 fn every_layer_computes_and_learns_as_pefts() {
     let seen = each_case(|case| {
-        // Its output is that of one dropout mask: `train/form.rs` takes this one.
+        // Its output is that of one dropout mask: `train/graph/form.rs` takes this one.
         if case.about["miss_dropout"].as_f64().unwrap_or(0.0) > 0.0 {
             return;
         }

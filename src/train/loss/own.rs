@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::super::data::{Field, LabelKind, Target};
-use super::super::merge::merge;
 use super::LossNames;
 use crate::onnx::shape::Shapes;
 use crate::onnx::{DataType, GraphProto, Model, ModelProto, Names, data_type_name, node, value_info};
+use crate::train::graph::merge::merge;
 use crate::{Error, Result};
 
 /// Where an input of the loss comes from.

@@ -49,7 +49,7 @@ impl Precision {
     }
 
     /// What is said where an engine does not load a graph in this precision.
-    pub(super) fn explain(self, error: Error, engine: &str) -> Error {
+    pub(in crate::train) fn explain(self, error: Error, engine: &str) -> Error {
         match (self, error) {
             (Self::F32, error) => error,
             (half, Error::Engine { engine: name, what }) => Error::Engine {
@@ -105,7 +105,7 @@ const LARGE_TABLE: usize = 1 << 16;
 ///
 /// # Errors
 /// A graph with subgraphs, which see values by their names.
-pub(super) fn lower(model: &mut ModelProto, precision: Precision) -> Result<()> {
+pub(in crate::train) fn lower(model: &mut ModelProto, precision: Precision) -> Result<()> {
     let Some(half) = precision.half() else { return Ok(()) };
     let shapes = Shapes::infer(model, &Default::default());
     let names = Names::of(model);

@@ -1,16 +1,16 @@
 //! One step of a run, wherever the parameters are: on the host, or on the engine's device.
 
 use super::accumulate;
-use super::data::Batch;
 use super::device::{self, OnDevice};
-use super::graph::{GradientSession, Parameter};
-use super::loss::Loss;
 use super::optimizer::{Optimizer, Scale, clip_factor, global_norm};
+use crate::train::data::Batch;
+use crate::train::graph::{GradientSession, Parameter};
+use crate::train::loss::Loss;
 use crate::{Error, Result};
 
 /// What came of a step.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Outcome {
+pub(in crate::train) struct Outcome {
     /// Of the step's batches, before the update.
     pub loss: f64,
     /// Over all gradients together, before clipping.
@@ -27,7 +27,7 @@ impl Outcome {
 }
 
 /// What a run trains, as the host has it.
-pub(super) struct Learned {
+pub(in crate::train) struct Learned {
     pub parameters: Vec<Parameter>,
     /// The parameters' values before the last update: those that the last finite loss was computed from.
     pub last_good: Vec<Parameter>,
@@ -35,7 +35,7 @@ pub(super) struct Learned {
 }
 
 /// Where the parameters, their moments and gradients are while a run goes on.
-pub(super) enum Place {
+pub(in crate::train) enum Place {
     /// In [`Learned`], which every step changes.
     Host { gradient: Box<GradientSession>, done: Option<Outcome> },
     /// On the device; [`Learned`] is what [`Place::fetch`] last made of it.

@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use super::data::Field;
-use super::loss::{Distilled, Pooling};
 use super::merge::merge;
 use crate::onnx::{Model, ModelProto, data_type_name};
+use crate::train::data::Field;
+use crate::train::loss::{Distilled, Pooling};
 use crate::{Error, Result, did_you_mean};
 
 /// Who teaches, and how much that counts.
@@ -24,7 +24,7 @@ pub struct Teacher {
 }
 
 /// A teacher that was read and fits.
-pub(super) struct TeacherModel<'a> {
+pub(in crate::train) struct TeacherModel<'a> {
     options: &'a Teacher,
     proto: ModelProto,
     output: Field,

@@ -4,21 +4,21 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
-use super::TrainOptions;
-use super::data::{self, ImageOptions, TextOptions};
 use crate::engine::{Engine, LoadOptions};
 use crate::onnx::Model;
 use crate::onnx::external::{self, map_file};
+use crate::train::TrainOptions;
+use crate::train::data::{self, ImageOptions, TextOptions};
 use crate::{Error, Result};
 
 /// Values by the name of the flag, as text.
-pub(super) type Settings = Map<String, Value>;
+pub(in crate::train) type Settings = Map<String, Value>;
 
 /// The settings of a run over `model` on `engine`.
 ///
 /// # Errors
 /// A file that cannot be read.
-pub(super) fn settings(model: &Model, options: &TrainOptions, engine: &dyn Engine) -> Result<Settings> {
+pub(in crate::train) fn settings(model: &Model, options: &TrainOptions, engine: &dyn Engine) -> Result<Settings> {
     // Every field is named, so that none can be forgotten.
     let TrainOptions {
         out: _,
@@ -144,7 +144,7 @@ pub(super) fn settings(model: &Model, options: &TrainOptions, engine: &dyn Engin
 }
 
 /// What is different in `now`, in words: "lr was 0.1 and is 0.2 now"; `None` where nothing is.
-pub(super) fn changes(then: &Settings, now: &Settings) -> Option<String> {
+pub(in crate::train) fn changes(then: &Settings, now: &Settings) -> Option<String> {
     let text = |value: Option<&Value>| value.and_then(Value::as_str).unwrap_or("not there").to_string();
     let gone = then.keys().filter(|name| !now.contains_key(*name));
     let changes: Vec<String> = now

@@ -5,15 +5,15 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::graph::Parameter;
 use crate::adapter::{Adapter, Injection};
 use crate::inject::{collect, extract};
 use crate::onnx::{Due, Durability, Model, NewPlace, Patch, Rope, Scope, Tensor, write_atomic, write_beside};
 use crate::peft::{self, WriteOptions};
+use crate::train::graph::Parameter;
 use crate::{Error, Result};
 
 /// Writes `injected` with the parameters' values to `path`, and the external files it names beside it.
-pub(super) fn injected(model: &Model, parameters: &[Parameter], path: &Path) -> Result<()> {
+pub(in crate::train) fn injected(model: &Model, parameters: &[Parameter], path: &Path) -> Result<()> {
     let mut patch = Patch::default();
     let graph = patch.graph(&Scope::new());
     for parameter in parameters {
@@ -25,7 +25,12 @@ pub(super) fn injected(model: &Model, parameters: &[Parameter], path: &Path) -> 
 
 /// Writes every adapter of the model below `dir`: the one called `default` into it, each other one into a directory of
 /// its name, as PEFT does. A head is saved with each, as PEFT saves `modules_to_save`.
-pub(super) fn adapters(model: &Model, injection: &Injection, parameters: &[Parameter], dir: &Path) -> Result<()> {
+pub(in crate::train) fn adapters(
+    model: &Model,
+    injection: &Injection,
+    parameters: &[Parameter],
+    dir: &Path,
+) -> Result<()> {
     let mut values: HashMap<&str, Tensor> = parameters.iter().map(|p| (p.name.as_str(), p.value.clone())).collect();
     let trained: HashSet<&str> = values.keys().copied().collect();
     // What was frozen in an adapter that learned, and a frozen head, are as the model has them.
@@ -48,7 +53,7 @@ pub(super) fn adapters(model: &Model, injection: &Injection, parameters: &[Param
 }
 
 /// How large the files are that hold the values which [`adapters`] wrote.
-pub(super) fn adapter_bytes(injection: &Injection, dir: &Path) -> u64 {
+pub(in crate::train) fn adapter_bytes(injection: &Injection, dir: &Path) -> u64 {
     let file = |name: &str| peft::place(dir, name).map(|dir| dir.join("adapter_model.safetensors")).ok();
     let names = injection.adapters.iter().filter_map(|a| file(&a.name));
     names.filter_map(|path| std::fs::metadata(path).ok()).map(|m| m.len()).sum()
@@ -68,7 +73,7 @@ fn with_head(mut adapter: Adapter, injection: &Injection, values: &HashMap<&str,
 }
 
 /// Writes the class names as `{"0": "first", …}`.
-pub(super) fn labels(names: &[String], path: &Path) -> Result<()> {
+pub(in crate::train) fn labels(names: &[String], path: &Path) -> Result<()> {
     let ids: serde_json::Map<String, Value> =
         names.iter().enumerate().map(|(i, n)| (i.to_string(), json!(n))).collect();
     let text =
@@ -77,7 +82,7 @@ pub(super) fn labels(names: &[String], path: &Path) -> Result<()> {
 }
 
 /// Writes a small file, whole or not at all.
-pub(super) fn file(path: &Path, bytes: Vec<u8>) -> Result<()> {
+pub(in crate::train) fn file(path: &Path, bytes: Vec<u8>) -> Result<()> {
     let mut rope = Rope::default();
     rope.push(bytes);
     write_atomic(path, rope, &[], Durability::OnDisk)

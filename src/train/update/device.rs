@@ -7,19 +7,19 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
-use super::data::Batch;
 use super::flat::{Flat, FlatNames};
-use super::graph::{GradientSession, Parameter};
-use super::loss::Loss;
+use super::model::{RATES, REPORT, SHARE, rates, sum_model, update_model, value};
 use super::optimizer::{Optimizer, Rule};
 use super::step::Outcome;
-use super::update::{RATES, REPORT, SHARE, rates, sum_model, update_model, value};
 use crate::engine::{Engine, LoadOptions, Memory, Resident, Session};
 use crate::onnx::Tensor;
+use crate::train::data::Batch;
+use crate::train::graph::{GradientSession, Parameter};
+use crate::train::loss::Loss;
 use crate::{Error, Result};
 
 /// Steps that may be under way when the next one is sent.
-pub(super) const AHEAD: usize = 1;
+pub(in crate::train) const AHEAD: usize = 1;
 
 /// Vectors by group.
 #[derive(Debug, Clone)]
@@ -76,7 +76,7 @@ struct Worker {
 }
 
 /// The host's side.
-pub(super) struct OnDevice {
+pub(in crate::train) struct OnDevice {
     memory: Memory,
     /// Inputs for what the loss reads.
     targets: Vec<String>,

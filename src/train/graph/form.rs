@@ -10,7 +10,7 @@
 //! Every W' stays in memory until the way back has used it. Where the weights are large, the side branch it is, which
 //! leaves them where they are.
 
-use super::graph::Learners;
+use super::Learners;
 use crate::Result;
 use crate::autodiff::{Adjoints, Rule, Rules, Vjp};
 use crate::base::Base;

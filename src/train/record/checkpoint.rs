@@ -14,13 +14,15 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use super::fingerprint::{self, Settings};
-use super::graph::Parameter;
 use super::metrics::{self, History};
-use super::step::Learned;
-use super::{TrainOptions, Trainer, save};
+use super::save;
 use crate::engine::Engine;
 use crate::onnx::external::map_file;
 use crate::onnx::{Model, sync_dir};
+use crate::train::TrainOptions;
+use crate::train::graph::Parameter;
+use crate::train::trainer::Trainer;
+use crate::train::update::step::Learned;
 use crate::{Error, Result};
 
 const STATE: &str = "trainer_state.json";
@@ -60,7 +62,7 @@ struct StateFile {
 }
 
 /// A checkpoint that was read and is whole.
-pub(super) struct Saved {
+pub(in crate::train) struct Saved {
     state: State,
     tensors: Bytes,
     path: PathBuf,
@@ -83,7 +85,7 @@ impl Saved {
 }
 
 /// The checkpoints of one run.
-pub(super) struct Checkpoints<'a> {
+pub(in crate::train) struct Checkpoints<'a> {
     dir: &'a Path,
     every: Option<usize>,
     limit: Option<usize>,
@@ -297,7 +299,7 @@ fn checksum(state: &State) -> Result<u32, String> {
 
 impl Trainer<'_> {
     /// Saves the state after `step` steps.
-    pub(super) fn save(&mut self, step: usize) -> Result<()> {
+    pub(in crate::train) fn save(&mut self, step: usize) -> Result<()> {
         if step == 0 || self.checkpoints.last == Some(step) {
             return Ok(());
         }
@@ -342,7 +344,7 @@ impl Trainer<'_> {
     }
 
     /// Puts everything as it was when `saved` was saved.
-    pub(super) fn restore(&mut self, saved: Saved) -> Result<()> {
+    pub(in crate::train) fn restore(&mut self, saved: Saved) -> Result<()> {
         let Saved { state, tensors, path, history } = saved;
         let misfit = |what: String| Error::file(path.join(TENSORS), what);
         let file = SafeTensors::deserialize(&tensors).map_err(|e| misfit(e.to_string()))?;

@@ -3,7 +3,7 @@
 use std::fmt::{Display, Write};
 
 use super::curve::Curve;
-use super::{Summary, TrainOptions};
+use crate::train::{Summary, TrainOptions};
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;color:#333;max-width:60em;margin:2em auto;padding:0 1em}\
                      h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}table{border-collapse:collapse}\
@@ -11,7 +11,7 @@ const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;color:#333;max-widt
                      .best{font-weight:bold}svg{width:100%;height:auto}pre{background:#f7f7f7;padding:1em;overflow:auto}";
 
 /// The page of a run that is over. `title`: what was trained.
-pub(super) fn html(
+pub(in crate::train) fn html(
     title: &str,
     engine: &str,
     options: &TrainOptions,
@@ -29,7 +29,7 @@ pub(super) fn html(
     }
     if !summary.evals.is_empty() {
         let number = |value: f64| format!("{value:.4}");
-        let row = |e: &super::EvalReport| {
+        let row = |e: &crate::train::EvalReport| {
             let accuracy = e.eval_accuracy.map(number).unwrap_or_default();
             vec![e.step.to_string(), number(e.eval_loss), accuracy]
         };
@@ -111,7 +111,7 @@ pub fn size(bytes: u64) -> String {
 }
 
 /// The most memory that this process ever held (its peak resident set), where the system tells.
-pub(super) fn peak_memory() -> Option<u64> {
+pub(in crate::train) fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;

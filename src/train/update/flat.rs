@@ -1,14 +1,14 @@
 //! Parameters of the same settings as one vector: an update is then a few operators for each group of them, however
 //! many layers there are, and a graph takes and gives one vector where it had a tensor for each parameter.
 
-use super::graph::Parameter;
 use super::optimizer::Group;
 use crate::onnx::{AttributeProto, DataType, ModelProto, Names, NodeProto, Tensor, constant_i64, node, value_info};
+use crate::train::graph::Parameter;
 use crate::{Error, Result};
 
 /// The parameters of one group, one behind the other.
 #[derive(Debug, Clone)]
-pub(super) struct Flat {
+pub(in crate::train) struct Flat {
     pub group: Group,
     /// Places among the parameters.
     members: Vec<usize>,
@@ -54,7 +54,7 @@ impl Flat {
 
 /// What [`flatten`] made.
 #[derive(Debug, Clone, Default)]
-pub(super) struct FlatNames {
+pub(in crate::train) struct FlatNames {
     /// The graph input of each vector.
     pub inputs: Vec<String>,
     /// The output of its gradient.
@@ -63,7 +63,7 @@ pub(super) struct FlatNames {
 
 /// Puts vectors in the place of `parameters` among the inputs of `model`, and in the place of their `gradients` among
 /// its outputs.
-pub(super) fn flatten(
+pub(in crate::train) fn flatten(
     model: &mut ModelProto,
     flats: &[Flat],
     parameters: &[Parameter],

@@ -3,11 +3,11 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::data::Field;
 use crate::onnx::functions;
 use crate::onnx::proto::FunctionProto;
 use crate::onnx::upgrade::upgrade;
 use crate::onnx::{ModelProto, Names, NodeProto, node};
+use crate::train::data::Field;
 use crate::{Error, Result};
 
 /// The domain of the call that stands for the other model until it is written out.
@@ -19,7 +19,7 @@ const DOMAIN: &str = "org.bone-onnx.merged";
 ///
 /// # Errors
 /// Operator sets that cannot be brought together; a function that cannot be written out.
-pub(super) fn merge(
+pub(in crate::train) fn merge(
     model: &mut ModelProto,
     mut other: ModelProto,
     path: &Path,

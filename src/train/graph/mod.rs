@@ -1,14 +1,14 @@
 //! The models that training runs: parameters as inputs, the loss behind the output, the gradients.
 
+mod form;
+pub(super) mod freeze;
+pub(super) mod merge;
+pub(super) mod precision;
+mod recompute;
+pub(super) mod teacher;
+
 use std::collections::{BTreeMap, HashSet};
 
-use super::data::{Batch, Field};
-use super::flat::{Flat, FlatNames, flatten};
-use super::form;
-use super::loss::{self, Loss, LossNames, OwnLoss, Pooling};
-use super::precision::{self, Precision};
-use super::recompute::recompute;
-use super::teacher::TeacherModel;
 use crate::adapter::Injection;
 use crate::autodiff::{self, Request, Rules, Seed};
 use crate::base::Base;
@@ -17,7 +17,13 @@ use crate::inject::place::to_f32;
 use crate::onnx::functions;
 use crate::onnx::upgrade::upgrade;
 use crate::onnx::{DataType, Model, ModelProto, Tensor, value_info, walk_graphs};
+use crate::train::data::{Batch, Field};
+use crate::train::loss::{self, Loss, LossNames, OwnLoss, Pooling};
+use crate::train::update::flat::{Flat, FlatNames, flatten};
 use crate::{Error, Result};
+use precision::Precision;
+use recompute::recompute;
+use teacher::TeacherModel;
 
 /// Operator set that a model is lifted to for training, where it is older.
 const OPSET: i64 = 17;
@@ -101,8 +107,8 @@ pub struct Task<'a> {
     pub precision: Precision,
     /// Whether activations are computed again on the way back (`recompute.rs`).
     pub recompute: bool,
-    pub(super) own: Option<&'a OwnLoss>,
-    pub(super) teacher: Option<&'a TeacherModel<'a>>,
+    pub(in crate::train) own: Option<&'a OwnLoss>,
+    pub(in crate::train) teacher: Option<&'a TeacherModel<'a>>,
 }
 
 impl<'a> Task<'a> {
@@ -122,7 +128,7 @@ pub struct LossModel {
     output: String,
     parameters: Vec<String>,
     precision: Precision,
-    pub(super) recompute: bool,
+    pub(in crate::train) recompute: bool,
 }
 
 impl LossModel {
@@ -168,7 +174,7 @@ impl LossModel {
     }
 
     /// The same over the vectors `flats` of `parameters` instead of a tensor for each, to be run on the engine's device.
-    pub(super) fn resident(
+    pub(in crate::train) fn resident(
         &self,
         engine: &dyn Engine,
         options: &LoadOptions,
@@ -183,7 +189,7 @@ impl LossModel {
 
     /// The gradient graph itself, with these values for what the loss reads (and the loss scale, where it has one) as
     /// inputs by name.
-    pub(super) fn whole_gradient(&self, targets: Vec<Tensor>) -> Result<(ModelProto, Vec<(String, Tensor)>)> {
+    pub(in crate::train) fn whole_gradient(&self, targets: Vec<Tensor>) -> Result<(ModelProto, Vec<(String, Tensor)>)> {
         let derived = self.derive()?;
         let scale = derived.scale.map(|s| (s.name, s.value));
         Ok((derived.model, self.names.targets.iter().cloned().zip(targets).chain(scale).collect()))
@@ -222,7 +228,7 @@ impl LossModel {
 
     /// The model with the loss, and with its gradients.
     #[cfg(test)]
-    pub(super) fn both(self) -> (ModelProto, ModelProto) {
+    pub(in crate::train) fn both(self) -> (ModelProto, ModelProto) {
         let derived = self.derive().expect("a gradient").model;
         (self.model, derived)
     }
@@ -319,17 +325,17 @@ impl GradientSession {
     }
 
     /// The inputs for what the loss reads beside the output.
-    pub(super) fn targets(&self) -> &[String] {
+    pub(in crate::train) fn targets(&self) -> &[String] {
         &self.targets
     }
 
     /// The input for the loss scale, where the model has one.
-    pub(super) fn scale_input(&self) -> Option<&str> {
+    pub(in crate::train) fn scale_input(&self) -> Option<&str> {
         self.scale.as_ref().map(|s| s.name.as_str())
     }
 
     /// The loss, and the gradients as many times as large as the loss scale says, on the engine's device.
-    pub(super) fn run_resident(&mut self, inputs: &[(&str, &Resident)]) -> Result<(Resident, Vec<Resident>)> {
+    pub(in crate::train) fn run_resident(&mut self, inputs: &[(&str, &Resident)]) -> Result<(Resident, Vec<Resident>)> {
         let wanted: Vec<&str> = self.wanted.iter().map(String::as_str).collect();
         let mut out = self.session.run_resident(inputs, &wanted)?;
         self.runs += 1;

@@ -17,7 +17,7 @@ use crate::{Error, Result};
 ///
 /// # Errors
 /// A graph with subgraphs, which see values by their names.
-pub(super) fn recompute(model: &mut ModelProto, loss: &str, parameters: &[String]) -> Result<usize> {
+pub(in crate::train) fn recompute(model: &mut ModelProto, loss: &str, parameters: &[String]) -> Result<usize> {
     let shapes = Shapes::infer(model, &BTreeMap::new());
     let mut names = Names::of(model);
     let graph = model.graph.as_mut().ok_or_else(|| Error::model("the model holds no graph"))?;

@@ -3,26 +3,26 @@
 //! comes as one small input, computed on the host in f64.
 
 use super::flat::Flat;
-use super::loss::nodes::Nodes;
 use super::optimizer::Rule;
 use crate::onnx::proto::OperatorSetIdProto;
 use crate::onnx::{AttributeProto, DataType, GraphProto, ModelProto, Names, NodeProto, Tensor, node, value_info};
+use crate::train::loss::nodes::Nodes;
 
 /// Input: [`rates`] as a vector.
-pub(super) const RATES: &str = "rates";
+pub(in crate::train) const RATES: &str = "rates";
 /// Output: the gradients' norm, and a number that is 0 where every updated value is finite.
-pub(super) const REPORT: &str = "report";
+pub(in crate::train) const REPORT: &str = "report";
 /// Input of [`sum_model`]: what a batch counts for.
-pub(super) const SHARE: &str = "share";
+pub(in crate::train) const SHARE: &str = "share";
 
 /// What there is of each group: inputs, and outputs where `.new` is appended.
-pub(super) fn value(group: usize, kind: &str) -> String {
+pub(in crate::train) fn value(group: usize, kind: &str) -> String {
     format!("{kind}.{group}")
 }
 
 /// The numbers of update number `updates` (from 1) at `factor` of the learning rates; gradients are multiplied by
 /// `unscale` first.
-pub(super) fn rates(rule: Rule, flats: &[Flat], updates: i32, factor: f64, unscale: f32) -> Tensor {
+pub(in crate::train) fn rates(rule: Rule, flats: &[Flat], updates: i32, factor: f64, unscale: f32) -> Tensor {
     let groups = flats.iter().map(|flat| rule.rates(flat.group, updates, factor));
     let mut numbers = vec![unscale, 1.0];
     for rates in groups {
@@ -35,7 +35,7 @@ pub(super) fn rates(rule: Rule, flats: &[Flat], updates: i32, factor: f64, unsca
 
 /// The update of all `flats` by `rule`, with the gradients clipped to `max_norm`. `scaled`: they come multiplied by a
 /// loss scale.
-pub(super) fn update_model(rule: Rule, flats: &[Flat], max_norm: Option<f64>, scaled: bool) -> ModelProto {
+pub(in crate::train) fn update_model(rule: Rule, flats: &[Flat], max_norm: Option<f64>, scaled: bool) -> ModelProto {
     let mut graph = GraphProto { name: Some("update".into()), ..Default::default() };
     let mut names = Names::default();
     let (has_mean, has_square) = rule.moments();
@@ -216,7 +216,7 @@ impl Vectors<'_> {
 }
 
 /// Adds a batch's share to the sum of gradients: `sum.new = sum + share · gradient`, group by group.
-pub(super) fn sum_model(flats: &[Flat]) -> ModelProto {
+pub(in crate::train) fn sum_model(flats: &[Flat]) -> ModelProto {
     let mut graph = GraphProto { name: Some("sum".into()), ..Default::default() };
     graph.input.push(value_info(SHARE, DataType::Float, &[]));
     for (i, flat) in flats.iter().enumerate() {

@@ -13,7 +13,7 @@ use crate::{Error, Result, did_you_mean};
 ///
 /// # Errors
 /// No node of that name in the main graph.
-pub(super) fn before(model: &Model, injection: &Injection, name: &str) -> Result<HashSet<String>> {
+pub(in crate::train) fn before(model: &Model, injection: &Injection, name: &str) -> Result<HashSet<String>> {
     let base = Base::of(model, Some(injection))?;
     let nodes = || base.proto.graph.iter().flat_map(|g| &g.node).chain(&model.graph().node);
     let node = nodes().find(|node| node.name() == name).ok_or_else(|| {
@@ -43,12 +43,12 @@ fn made_of(graph: &GraphProto, values: &[String]) -> HashSet<String> {
 mod tests {
     use std::path::PathBuf;
 
-    use super::super::data::{Field, LabelKind, Target};
-    use super::super::graph::{Learners, LossModel, Task, parameters};
-    use super::super::{Loss, Pooling};
     use super::*;
     use crate::adapter::{BoneConfig, TargetModules};
     use crate::inject::{InjectOptions, inject};
+    use crate::train::data::{Field, LabelKind, Target};
+    use crate::train::graph::{Learners, LossModel, Task, parameters};
+    use crate::train::{Loss, Pooling};
 
     #[test]
     fn no_node_of_the_way_back_looks_before_the_one_where_it_ends() {

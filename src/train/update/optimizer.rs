@@ -21,7 +21,7 @@ pub enum Rule {
 
 impl Rule {
     /// Whether it keeps a running mean of the gradients, and one of their squares.
-    pub(super) fn moments(self) -> (bool, bool) {
+    pub(in crate::train) fn moments(self) -> (bool, bool) {
         match self {
             Self::AdamW { .. } | Self::Adam { .. } => (true, true),
             Self::Sgd { momentum, .. } => (momentum > 0.0, false),
@@ -30,7 +30,7 @@ impl Rule {
     }
 
     /// What update number `updates` (from 1) of a group is made with, at `factor` of its learning rate.
-    pub(super) fn rates(self, group: Group, updates: i32, factor: f64) -> Rates {
+    pub(in crate::train) fn rates(self, group: Group, updates: i32, factor: f64) -> Rates {
         let lr = group.lr * factor;
         let decayed = (1.0 - lr * group.weight_decay) as f32;
         match self {
@@ -47,7 +47,7 @@ impl Rule {
 
 /// The scalars that change from update to update, computed in f64 and rounded once.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Rates {
+pub(in crate::train) struct Rates {
     /// What decoupled weight decay leaves of a value.
     pub keep: f32,
     /// What the direction is multiplied by: the learning rate, with Adam's bias correction of the mean.

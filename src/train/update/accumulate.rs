@@ -1,13 +1,13 @@
 //! Several batches for one update, where memory holds no larger one.
 
-use super::data::{Batch, Batches, Feed};
-use super::graph::{GradientSession, Parameter};
-use super::loss::Loss;
 use crate::onnx::Tensor;
+use crate::train::data::{Batch, Batches, Feed};
+use crate::train::graph::{GradientSession, Parameter};
+use crate::train::loss::Loss;
 use crate::{Error, Result};
 
 /// The next `most` batches, fewer where the epoch ends before (as in transformers' Trainer).
-pub(super) fn micro_batches(feed: &Feed, batches: &mut Batches, most: usize) -> Result<Vec<Batch>> {
+pub(in crate::train) fn micro_batches(feed: &Feed, batches: &mut Batches, most: usize) -> Result<Vec<Batch>> {
     let mut taken = Vec::new();
     loop {
         taken.push(feed.batch(batches.next_rows())?);
@@ -19,7 +19,7 @@ pub(super) fn micro_batches(feed: &Feed, batches: &mut Batches, most: usize) -> 
 
 /// Loss and gradients of `micro` as if they were one batch: means over all labels that count in any of them. Batches
 /// of as many labels each have the same share, as in PyTorch where every loss is divided by their number.
-pub(super) fn gradients(
+pub(in crate::train) fn gradients(
     session: &mut GradientSession,
     parameters: &[Parameter],
     micro: &[Batch],
@@ -50,7 +50,7 @@ pub(super) fn gradients(
 }
 
 /// What each of `micro` counts for in their mean; a single one for all of it.
-pub(super) fn shares(micro: &[Batch], loss: Loss) -> Vec<f64> {
+pub(in crate::train) fn shares(micro: &[Batch], loss: Loss) -> Vec<f64> {
     if micro.len() == 1 {
         return vec![1.0];
     }
