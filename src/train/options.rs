@@ -93,6 +93,8 @@ pub struct TrainOptions {
     pub epochs: Option<usize>,
     /// Another order in every epoch; false: the file's.
     pub shuffle: bool,
+    /// Batches of rows of like lengths, so that little is padded; only where `shuffle` is set.
+    pub group_by_length: bool,
     pub seed: u64,
     /// A checkpoint after every so many steps and after the last; `None`: only where the run is stopped.
     pub save_steps: Option<usize>,
@@ -150,6 +152,7 @@ impl TrainOptions {
             steps: None,
             epochs: None,
             shuffle: true,
+            group_by_length: false,
             seed: 0,
             save_steps: None,
             save_total_limit: None,
@@ -233,6 +236,9 @@ impl TrainOptions {
         if self.steps.is_some() && self.epochs.is_some() {
             return Err(Error::config("give steps or epochs, not both"));
         }
+        if self.group_by_length && !self.shuffle {
+            return Err(Error::config("group-by-length is an order of its own; leave out no-shuffle"));
+        }
         if self.warmup_steps > 0 && self.warmup_ratio > 0.0 {
             return Err(Error::config("give warmup-steps or warmup-ratio, not both"));
         }
@@ -269,7 +275,7 @@ mod tests {
         };
         assert!(with(|_| ()).is_ok());
         type Change = fn(&mut TrainOptions);
-        let cases: [(Change, &str); 31] = [
+        let cases: [(Change, &str); 32] = [
             (|o| o.loss = Loss::CrossEntropy { label_smoothing: 1.5 }, "label-smoothing"),
             (|o| o.loss = Loss::Huber { delta: 0.0 }, "huber-delta"),
             (|o| o.loss = Loss::KlDiv { temperature: -1.0 }, "temperature"),
@@ -298,6 +304,7 @@ mod tests {
             (|o| o.eval_strategy = EvalStrategy::Steps(0), "eval-steps"),
             (|o| o.early_stopping_patience = Some(0), "early-stopping-patience"),
             (|o| o.early_stopping_threshold = f64::NAN, "early-stopping-threshold"),
+            (|o| (o.shuffle, o.group_by_length) = (false, true), "leave out no-shuffle"),
             (|o| o.early_stopping_patience = Some(3), "give eval-data"),
             (|o| o.load_best_model_at_end = true, "give eval-data"),
             (|o| o.metric_for_best_model = Metric::EvalAccuracy, "use eval_loss"),

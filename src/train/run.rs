@@ -67,7 +67,10 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
         save::labels(names, &options.out.join("labels.json"))?;
     }
     let (feed, batch_size) = (&feeds.train, feeds.batch_size);
-    let batches = Batches::new(feed.rows(), batch_size, options.shuffle.then_some(options.seed));
+    let batches = match options.group_by_length {
+        true => Batches::grouped(feed.rows(), batch_size, options.seed, feed.lengths()),
+        false => Batches::new(feed.rows(), batch_size, options.shuffle.then_some(options.seed)),
+    };
     let steps_per_epoch = batches.per_epoch().div_ceil(options.gradient_accumulation_steps);
     let steps = options.steps.unwrap_or_else(|| options.epochs.unwrap_or(3).saturating_mul(steps_per_epoch));
     let steps_before = resumed.as_ref().map_or(0, Saved::step);

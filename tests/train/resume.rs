@@ -4,10 +4,14 @@ use std::path::Path;
 
 use bone_onnx::adapter::{BoneConfig, Pool, TargetModules};
 use bone_onnx::inject::{HeadOptions, InjectOptions, inject};
-use bone_onnx::onnx::Model;
+use bone_onnx::onnx::proto::OperatorSetIdProto;
+use bone_onnx::onnx::{AttributeProto, DataType, GraphProto, Model, ModelProto, Tensor};
+use bone_onnx::onnx::{node, value_info};
 use bone_onnx::train::{self, Loss, Progress, StepReport, TrainOptions};
 
-use crate::common::{arrays, metrics, mlp, onnxruntime, shared, write_arrays};
+use prost::Message;
+
+use crate::common::{arrays, injected, metrics, mlp, onnxruntime, shared, write_arrays};
 
 /// Asks to stop after a number of steps.
 struct Until(usize);
@@ -72,4 +76,60 @@ fn dropout_draws_what_it_would_have_drawn() {
         train::run(&model, &options, onnxruntime(), &mut ()).unwrap().steps[11].loss
     };
     assert_ne!(last_loss("seed 0", 0), last_loss("seed 1", 1));
+}
+
+/// input_ids[n,t] → an embedding → the mean over the tokens, padding included → fc (Gemm) → logits[n,3]
+fn tokens() -> ModelProto {
+    let values = |dims: &[usize]| {
+        let len = dims.iter().product::<usize>();
+        Tensor::new(dims, (0..len).map(|i| ((i * 37 % 23) as f32 - 11.0) / 40.0).collect())
+    };
+    let mut graph = GraphProto { name: Some("net".into()), ..Default::default() };
+    graph.input.push(value_info("input_ids", DataType::Int64, &["n", "t"]));
+    graph.output.push(value_info("logits", DataType::Float, &["n", "3"]));
+    graph.initializer = vec![values(&[50, 8]).to_proto("embedding"), values(&[8, 3]).to_proto("fc.weight")];
+    let mut mean = node("ReduceMean", &["e"], &["m"]);
+    mean.attribute = vec![AttributeProto::ints("axes", &[1]), AttributeProto::int("keepdims", 0)];
+    let fc = node("Gemm", &["m", "fc.weight"], &["logits"]);
+    graph.node = vec![node("Gather", &["embedding", "input_ids"], &["e"]), mean, fc];
+    let opset = OperatorSetIdProto { domain: Some(String::new()), version: Some(17) };
+    ModelProto { ir_version: Some(8), opset_import: vec![opset], graph: Some(graph), ..Default::default() }
+}
+
+#[test]
+fn batches_of_like_lengths_go_on_where_they_were() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.onnx");
+    std::fs::write(&base, tokens().encode_to_vec()).unwrap();
+    let model = injected(&base, dir.path(), 2, "all-linear", None);
+    let lines = (0..50).map(|row| {
+        let ids: Vec<usize> = (0..1 + row * 17 % 40).map(|at| 1 + (row * 7 + at * 3) % 49).collect();
+        format!("{{\"input_ids\": {ids:?}, \"label\": {}}}\n", row % 3)
+    });
+    let data = dir.path().join("data.jsonl");
+    std::fs::write(&data, lines.collect::<String>()).unwrap();
+    // Two and a half epochs, with the short batches at their ends.
+    let options = |out: &str, group_by_length| TrainOptions {
+        steps: Some(17),
+        batch_size: Some(4),
+        gradient_accumulation_steps: 2,
+        lr: 1e-2,
+        group_by_length,
+        save_steps: Some(17),
+        resume: true,
+        ..TrainOptions::new(dir.path().join(out), &data, Loss::CrossEntropy { label_smoothing: 0.0 })
+    };
+    train::run(&model, &options("alone", true), onnxruntime(), &mut ()).unwrap();
+    for steps in [3, 1, 6] {
+        assert!(train::run(&model, &options("parts", true), onnxruntime(), &mut Until(steps)).unwrap().stopped);
+    }
+    train::run(&model, &options("parts", true), onnxruntime(), &mut ()).unwrap();
+    let (a, b) = (dir.path().join("alone"), dir.path().join("parts"));
+    assert_eq!(without_time(&a), without_time(&b));
+    for name in ["injected.onnx", "adapter/adapter_model.safetensors", "checkpoint-17/training_state.safetensors"] {
+        assert!(std::fs::read(a.join(name)).unwrap() == std::fs::read(b.join(name)).unwrap(), "{name}");
+    }
+    // It is another order than the one that heeds no lengths.
+    train::run(&model, &options("plain", false), onnxruntime(), &mut ()).unwrap();
+    assert_ne!(without_time(&a), without_time(&dir.path().join("plain")));
 }

@@ -231,6 +231,10 @@ pub struct Arguments {
     #[arg(long)]
     pub no_shuffle: bool,
 
+    /// Put rows of like lengths into a batch, so that little is padded
+    #[arg(long)]
+    pub group_by_length: bool,
+
     /// Seed of the shuffling
     #[arg(long, default_value_t = 0)]
     pub seed: u64,

@@ -151,6 +151,7 @@ impl Arguments {
             steps: self.steps,
             epochs: self.epochs,
             shuffle: !self.no_shuffle,
+            group_by_length: self.group_by_length,
             seed: self.seed,
             save_steps: self.save_steps,
             save_total_limit: self.save_total_limit,

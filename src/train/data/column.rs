@@ -51,6 +51,11 @@ impl Ragged {
         self.bytes.get(from..*self.ends.get(at)?)
     }
 
+    /// Places of the first axis in row `at`, as the file has them.
+    fn length(&self, at: usize) -> usize {
+        self.row(at).map_or(0, |row| row.len() / self.stride().max(1))
+    }
+
     /// Bytes of one place of the first axis.
     fn stride(&self) -> usize {
         self.padding.fill.len() * self.tail.iter().product::<usize>()
@@ -94,6 +99,14 @@ impl Column {
                 std::iter::once(padding.length).chain(tail.iter().map(|d| Some(*d))).collect()
             }
             Column::Images(pictures) => pictures.row_dims().into_iter().map(Some).collect(),
+        }
+    }
+
+    /// How long row `at` is before it is padded; `None` where all rows are alike.
+    pub fn length(&self, at: usize) -> Option<usize> {
+        match self {
+            Column::Ragged(ragged) if ragged.padding.length.is_none() => Some(ragged.length(at)),
+            _ => None,
         }
     }
 

@@ -221,6 +221,14 @@ impl<'a> Feed<'a> {
         self.dataset.roles()
     }
 
+    /// The length of each sample before it is padded, by the longest of its rows; zeros where all are alike.
+    pub fn lengths(&self) -> Vec<usize> {
+        let roles = self.roles();
+        let longest = |at: usize| self.inputs.iter().filter_map(|(_, column, _)| column.length(at)).max();
+        let sample = |row: usize| (row * roles..(row + 1) * roles).filter_map(longest).max();
+        (0..self.rows()).map(|row| sample(row).unwrap_or(0)).collect()
+    }
+
     /// The file it was read from.
     pub fn path(&self) -> &std::path::Path {
         &self.dataset.path

@@ -249,6 +249,7 @@ fn texts_become_padded_tokens_and_label_names_ids() {
     assert_eq!(batch.targets[0], Tensor::new(&[2], vec![1i64, 0]));
     // The longest of the batch decides.
     assert_eq!(case.feed(&dataset).unwrap().batch(&[1, 2]).unwrap().inputs[0].1.dims(), [2, 3]);
+    assert_eq!(case.feed(&dataset).unwrap().lengths(), [4, 2, 3]);
 
     let names = dataset.label_names.clone().unwrap();
     let other = case.write("e.jsonl", b"{\"text\": \"a\", \"label\": \"sport\"}");

@@ -72,6 +72,7 @@ pub(in crate::train) fn settings(model: &Model, options: &TrainOptions, engine: 
         steps,
         epochs,
         shuffle,
+        group_by_length,
         seed,
         load: LoadOptions { threads, optimize },
     } = options;
@@ -138,6 +139,7 @@ pub(in crate::train) fn settings(model: &Model, options: &TrainOptions, engine: 
         ("steps", number(steps)),
         ("epochs", number(epochs)),
         ("shuffle", shuffle.to_string()),
+        ("group-by-length", group_by_length.to_string()),
         ("seed", seed.to_string()),
     ];
     Ok(pairs.into_iter().map(|(name, value)| (name.to_string(), Value::String(value))).collect())
