@@ -1,4 +1,4 @@
-//! Going on from a checkpoint in ONNX Runtime, where layers drop inputs out.
+//! Going on from a checkpoint in ONNX Runtime, where layers drop inputs out and where the loss scale has changed.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use bone_onnx::inject::{HeadOptions, InjectOptions, inject};
 use bone_onnx::onnx::proto::OperatorSetIdProto;
 use bone_onnx::onnx::{AttributeProto, DataType, GraphProto, Model, ModelProto, Tensor};
 use bone_onnx::onnx::{node, value_info};
-use bone_onnx::train::{self, Loss, Progress, StepReport, TrainOptions};
+use bone_onnx::train::{self, Loss, Precision, Progress, StepReport, Summary, TrainOptions};
 
 use prost::Message;
 
@@ -18,7 +18,7 @@ struct Until(usize);
 
 impl Progress for Until {
     fn step(&mut self, _report: &StepReport) {
-        self.0 -= 1;
+        self.0 = self.0.saturating_sub(1);
     }
     fn stop(&self) -> bool {
         self.0 == 0
@@ -132,4 +132,59 @@ fn batches_of_like_lengths_go_on_where_they_were() {
     // It is another order than the one that heeds no lengths.
     train::run(&model, &options("plain", false), onnxruntime(), &mut ()).unwrap();
     assert_ne!(without_time(&a), without_time(&dir.path().join("plain")));
+}
+
+/// What a run came to: steps, runs of the graph, loss scale, steps since that changed.
+fn scaling(summary: &Summary) -> (usize, u64, f64, u64) {
+    let text = std::fs::read(summary.checkpoint.as_ref().unwrap().join("trainer_state.json")).unwrap();
+    let file: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let state = &file["state"];
+    let [runs, finite_steps] = ["runs", "finite_steps"].map(|key| state[key].as_u64().unwrap());
+    (summary.steps.len(), runs, state["loss_scale"].as_f64().unwrap(), finite_steps)
+}
+
+#[test]
+fn the_loss_scale_falls_where_gradients_overflow_and_grows_again_over_interruptions() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = injected(&mlp("base_gemm.onnx"), dir.path(), 4, "all-linear", None);
+    let goldens = arrays(&shared("goldens/mlp/base.safetensors"));
+    // Far beyond what the model gives: the loss is in float32, but its gradient times 65536 is no float16.
+    let far = goldens["y"].to_f64().iter().map(|v| *v as f32 * 10.0 + 2000.0).collect();
+    let far = Tensor::new(goldens["y"].dims(), far);
+    let data = dir.path().join("data.safetensors");
+    write_arrays(&data, &[("x", &goldens["x"]), ("labels", &far)]);
+    for on_device in [false, true] {
+        let run = |out: &str, until: usize| {
+            let options = TrainOptions {
+                steps: Some(2040),
+                batch_size: Some(5),
+                lr: 0.1,
+                precision: Precision::F16,
+                save_steps: Some(2040),
+                resume: true,
+                optimizer_on_device: Some(on_device),
+                ..TrainOptions::new(dir.path().join(format!("{out} {on_device}")), &data, Loss::Mse)
+            };
+            train::run(&model, &options, onnxruntime(), &mut Until(until)).unwrap()
+        };
+        let alone = run("alone", usize::MAX);
+        // Right after it fell, within the row of steps after which it grows, and after that.
+        let (steps, runs, first, finite_steps) = scaling(&run("parts", 1));
+        assert!(first < 65536.0 && finite_steps == steps as u64 && runs > finite_steps, "{first} after {runs} runs");
+        let (start, runs, fallen, counted) = scaling(&run("parts", 49));
+        let (steps, later_runs, scale, finite_steps) = scaling(&run("parts", 1800));
+        let more = (steps - start) as u64;
+        assert_eq!((later_runs, scale, finite_steps), (runs + more, fallen, counted + more));
+        let (steps, _, grown, finite_steps) = scaling(&run("parts", 182));
+        let since = counted + (steps - start) as u64 - 2000;
+        assert!((grown, finite_steps) == (fallen * 2.0, since), "{grown} since {finite_steps} steps, not {since}");
+        let parts = run("parts", usize::MAX);
+        assert!(!parts.stopped && parts.steps.len() == 2040);
+        assert_eq!(scaling(&alone), scaling(&parts));
+        let [alone, parts] = ["alone", "parts"].map(|out| dir.path().join(format!("{out} {on_device}")));
+        assert_eq!(without_time(&alone), without_time(&parts));
+        for name in ["injected.onnx", "checkpoint-2040/training_state.safetensors"] {
+            assert!(std::fs::read(alone.join(name)).unwrap() == std::fs::read(parts.join(name)).unwrap(), "{name}");
+        }
+    }
 }

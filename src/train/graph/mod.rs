@@ -5,6 +5,7 @@ pub(super) mod freeze;
 pub(super) mod merge;
 pub(super) mod precision;
 mod recompute;
+pub mod scale;
 pub(super) mod teacher;
 
 use std::collections::{BTreeMap, HashSet};
@@ -23,6 +24,7 @@ use crate::train::update::flat::{Flat, FlatNames, flatten};
 use crate::{Error, Result};
 use precision::Precision;
 use recompute::recompute;
+use scale::LossScale;
 use teacher::TeacherModel;
 
 /// Operator set that a model is lifted to for training, where it is older.
@@ -191,7 +193,7 @@ impl LossModel {
     /// inputs by name.
     pub(in crate::train) fn whole_gradient(&self, targets: Vec<Tensor>) -> Result<(ModelProto, Vec<(String, Tensor)>)> {
         let derived = self.derive()?;
-        let scale = derived.scale.map(|s| (s.name, s.value));
+        let scale = derived.scale.map(|name| (name, Tensor::scalar(LossScale::default().value)));
         Ok((derived.model, self.names.targets.iter().cloned().zip(targets).chain(scale).collect()))
     }
 
@@ -217,11 +219,12 @@ impl LossModel {
         }
         // The seed is the last of the inputs.
         let last = gradient.model.graph.iter().flat_map(|g| &g.input).next_back().filter(|_| seed == Seed::Input);
-        let scale = last.map(|i| Scale { name: i.name().into(), value: Tensor::scalar(LARGEST_SCALE) });
+        let scale = last.map(|i| i.name().into());
         Ok(Derived { model: gradient.model, gradients: gradient.gradients, scale })
     }
 
-    fn session(&self, session: Box<dyn Session>, gradients: Vec<String>, scale: Option<Scale>) -> GradientSession {
+    fn session(&self, session: Box<dyn Session>, gradients: Vec<String>, scale: Option<String>) -> GradientSession {
+        let scale = scale.map(|name| (name, LossScale::default()));
         let wanted = std::iter::once(self.names.loss.clone()).chain(gradients).collect();
         GradientSession { session, targets: self.names.targets.clone(), wanted, scale, runs: 0 }
     }
@@ -257,18 +260,8 @@ struct Derived {
     model: ModelProto,
     /// Output by parameter.
     gradients: Vec<String>,
-    scale: Option<Scale>,
-}
-
-/// Where the scale of the loss starts.
-const LARGEST_SCALE: f32 = 65536.0;
-
-/// What the loss is multiplied by before it is differentiated, and the gradients are divided by after it: adjoints in
-/// float16 are as small as the loss is, and vanish below 6e-8 (Micikevicius et al. 2018, "Mixed precision training").
-struct Scale {
-    /// The graph input.
-    name: String,
-    value: Tensor,
+    /// The input for the loss scale, where the model has one.
+    scale: Option<String>,
 }
 
 /// Whether a model has float16 or bfloat16 weights.
@@ -300,8 +293,8 @@ pub struct GradientSession {
     targets: Vec<String>,
     /// The loss, then a gradient for each parameter.
     wanted: Vec<String>,
-    /// For models that compute in halves.
-    scale: Option<Scale>,
+    /// For models that compute in halves: the input for it, and how large it is.
+    scale: Option<(String, LossScale)>,
     runs: u64,
 }
 
@@ -312,16 +305,26 @@ impl GradientSession {
     }
 
     /// What the loss is multiplied by, where it is.
-    pub fn loss_scale(&self) -> Option<f32> {
-        self.scale.as_ref().and_then(|s| s.value.as_f64()).map(|s| s as f32)
+    pub fn loss_scale(&self) -> Option<LossScale> {
+        self.scale.as_ref().map(|(_, scale)| *scale)
     }
 
     /// Takes over from a session that had been run `runs` times and had come to `loss_scale`.
-    pub fn go_on(&mut self, runs: u64, loss_scale: Option<f32>) {
+    pub fn go_on(&mut self, runs: u64, loss_scale: Option<LossScale>) {
         self.runs = runs;
-        if let (Some(scale), Some(value)) = (&mut self.scale, loss_scale) {
-            scale.value = Tensor::scalar(value);
+        if let (Some((_, scale)), Some(then)) = (&mut self.scale, loss_scale) {
+            *scale = then;
         }
+    }
+
+    /// Makes the loss scale smaller; false where that cannot be.
+    pub(in crate::train) fn overflowed(&mut self) -> bool {
+        self.scale.as_mut().is_some_and(|(_, scale)| scale.halve())
+    }
+
+    /// Takes note of a step whose gradients were finite.
+    pub(in crate::train) fn stepped(&mut self) {
+        self.scale.iter_mut().for_each(|(_, scale)| scale.count_step());
     }
 
     /// The inputs for what the loss reads beside the output.
@@ -331,7 +334,7 @@ impl GradientSession {
 
     /// The input for the loss scale, where the model has one.
     pub(in crate::train) fn scale_input(&self) -> Option<&str> {
-        self.scale.as_ref().map(|s| s.name.as_str())
+        self.scale.as_ref().map(|(name, _)| name.as_str())
     }
 
     /// The loss, and the gradients as many times as large as the loss scale says, on the engine's device.
@@ -364,16 +367,16 @@ impl GradientSession {
     fn scaled(&mut self, parameters: &[Parameter], batch: &Batch) -> Result<(f64, Vec<Tensor>)> {
         let wanted: Vec<&str> = self.wanted.iter().map(String::as_str).collect();
         loop {
+            let by = Tensor::scalar(self.scale.as_ref().map_or(1.0, |(_, scale)| scale.value));
             let mut given = inputs(parameters, batch, &self.targets);
-            given.extend(self.scale.iter().map(|s| (s.name.as_str(), &s.value)));
+            given.extend(self.scale.iter().map(|(name, _)| (name.as_str(), &by)));
             let mut gradients = self.session.run(&given, &wanted)?;
             self.runs += 1;
             let loss = scalar(gradients.remove(0))?;
-            let Some(scale) = &mut self.scale else { return Ok((loss, gradients)) };
-            let by = scale.value.as_f64().unwrap_or(1.0) as f32;
+            let Some((_, scale)) = &mut self.scale else { return Ok((loss, gradients)) };
+            let by = scale.value;
             let is_finite = |g: &Tensor| g.values::<f32>().is_some_and(|v| v.iter().all(|v| v.is_finite()));
-            if loss.is_finite() && by > 1.0 && !gradients.iter().all(is_finite) {
-                scale.value = Tensor::scalar(by / 2.0);
+            if loss.is_finite() && !gradients.iter().all(is_finite) && scale.halve() {
                 continue;
             }
             for gradient in &mut gradients {

@@ -21,6 +21,7 @@ use crate::onnx::external::map_file;
 use crate::onnx::{Model, sync_dir};
 use crate::train::TrainOptions;
 use crate::train::graph::Parameter;
+use crate::train::graph::scale::LossScale;
 use crate::train::trainer::Trainer;
 use crate::train::update::step::Learned;
 use crate::{Error, Result};
@@ -46,6 +47,9 @@ struct State {
     runs: u64,
     /// What the loss is multiplied by, for models that compute in halves; a power of two.
     loss_scale: Option<f32>,
+    /// Steps since that changed; not there where it is 0, as in checkpoints from before it was counted.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    finite_steps: u32,
     /// How much of `metrics.jsonl` belongs to these steps.
     metrics_bytes: u64,
     tensors_crc32: u32,
@@ -293,6 +297,10 @@ impl<'a> Checkpoints<'a> {
     }
 }
 
+fn is_zero(count: &u32) -> bool {
+    *count == 0
+}
+
 fn checksum(state: &State) -> Result<u32, String> {
     serde_json::to_vec(state).map(|text| crc32fast::hash(&text)).map_err(|e| e.to_string())
 }
@@ -329,13 +337,15 @@ impl Trainer<'_> {
         let views = views.collect::<Result<Vec<_>, _>>().map_err(broken)?;
         let tensors = safetensors::serialize(views, None).map_err(broken)?;
         let (epoch, row) = self.batches.position();
+        let loss_scale = self.place.loss_scale();
         let state = State {
             step,
             epoch,
             row,
             updates,
             runs: self.place.runs(),
-            loss_scale: self.place.loss_scale(),
+            loss_scale: loss_scale.map(|scale| scale.value),
+            finite_steps: loss_scale.map_or(0, |scale| scale.finite_steps),
             metrics_bytes: self.metrics.sync()?,
             tensors_crc32: 0,
             settings: self.checkpoints.settings()?.clone(),
@@ -382,7 +392,8 @@ impl Trainer<'_> {
             }
         }
         self.batches.go_to(state.epoch, state.row);
-        self.place.go_on(state.runs, state.loss_scale);
+        let finite_steps = state.finite_steps;
+        self.place.go_on(state.runs, state.loss_scale.map(|value| LossScale { value, finite_steps }));
         self.steps = history.steps;
         self.evals = history.evals;
         Ok(())
@@ -392,4 +403,22 @@ impl Trainer<'_> {
 /// The name of a parameter's array.
 fn key(kind: &str, parameter: &Parameter) -> String {
     format!("{kind}/{}", parameter.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_from_before_finite_steps_were_counted_is_whole() {
+        let text = r#"{"step":3,"epoch":1,"row":8,"updates":3,"runs":9,"loss_scale":1024.0,"metrics_bytes":321,"#
+            .to_string()
+            + r#""tensors_crc32":7,"settings":{"lr":"0.1"}}"#;
+        let state: State = serde_json::from_str(&text).unwrap();
+        assert_eq!((state.finite_steps, state.loss_scale), (0, Some(1024.0)));
+        assert_eq!(checksum(&state).unwrap(), crc32fast::hash(text.as_bytes()));
+        let later = State { finite_steps: 5, ..state };
+        let written = serde_json::to_string(&later).unwrap();
+        assert_eq!(serde_json::from_str::<State>(&written).unwrap(), later);
+    }
 }

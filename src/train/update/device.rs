@@ -14,6 +14,7 @@ use super::step::Outcome;
 use crate::engine::{Engine, LoadOptions, Memory, Resident, Session};
 use crate::onnx::Tensor;
 use crate::train::data::Batch;
+use crate::train::graph::scale::LossScale;
 use crate::train::graph::{GradientSession, Parameter};
 use crate::train::loss::Loss;
 use crate::{Error, Result};
@@ -59,7 +60,7 @@ struct Done {
     after: State,
     updates: i32,
     runs: u64,
-    loss_scale: Option<f32>,
+    loss_scale: Option<LossScale>,
 }
 
 /// The graphs, and what they go on from.
@@ -87,7 +88,7 @@ pub(in crate::train) struct OnDevice {
     updates: i32,
     latest: Option<Done>,
     runs: u64,
-    loss_scale: Option<f32>,
+    loss_scale: Option<LossScale>,
 }
 
 impl OnDevice {
@@ -126,12 +127,12 @@ impl OnDevice {
         self.runs
     }
 
-    pub fn loss_scale(&self) -> Option<f32> {
+    pub fn loss_scale(&self) -> Option<LossScale> {
         self.loss_scale
     }
 
     /// Takes over from a run that had come so far ([`GradientSession::go_on`]).
-    pub fn go_on(&mut self, runs: u64, loss_scale: Option<f32>) {
+    pub fn go_on(&mut self, runs: u64, loss_scale: Option<LossScale>) {
         (self.runs, self.loss_scale) = (runs, loss_scale);
         self.worker.iter_mut().for_each(|w| w.gradient.go_on(runs, loss_scale));
     }
@@ -259,14 +260,15 @@ impl Worker {
             let (loss, gradients) = self.gradients(&state, job)?;
             let (grad_norm, finite, after) = self.update(&state, &gradients, job)?;
             let outcome = Outcome { loss, grad_norm, finite };
-            match self.gradient.loss_scale() {
-                // Out of the range of the model's halves: once more, with a smaller scale.
-                Some(scale) if loss.is_finite() && scale > 1.0 && !grad_norm.is_finite() => {
-                    self.gradient.go_on(self.gradient.runs(), Some(scale / 2.0));
-                }
-                _ => break (outcome, after),
+            // Out of the range of the model's halves: once more, with a smaller scale.
+            let again = loss.is_finite() && !grad_norm.is_finite() && self.gradient.overflowed();
+            if !again {
+                break (outcome, after);
             }
         };
+        if outcome.is_finite() {
+            self.gradient.stepped();
+        }
         let before = self.before.replace(state.values.clone());
         self.state = Some(after.clone());
         Ok(Done {
@@ -284,7 +286,7 @@ impl Worker {
     fn gradients(&mut self, state: &State, job: &Job) -> Result<(f64, Vec<Resident>)> {
         let scale = match self.gradient.scale_input() {
             Some(name) => {
-                let value = Tensor::scalar(self.gradient.loss_scale().unwrap_or(1.0));
+                let value = Tensor::scalar(self.gradient.loss_scale().map_or(1.0, |scale| scale.value));
                 Some((name.to_string(), self.memory.upload(&value)?))
             }
             None => None,
@@ -321,7 +323,7 @@ impl Worker {
 
     /// The gradients' norm, whether all updated values are finite, and the state after the update.
     fn update(&mut self, state: &State, gradients: &[Resident], job: &Job) -> Result<(f64, bool, State)> {
-        let unscale = self.gradient.loss_scale().map_or(1.0, |scale| 1.0 / scale);
+        let unscale = self.gradient.loss_scale().map_or(1.0, |scale| 1.0 / scale.value);
         let rates = rates(self.rule, &self.flats, job.updates, job.factor, unscale);
         let rates = self.memory.upload(&rates)?;
         let kinds = state.kinds().into_iter().filter(|(_, vectors)| !vectors.is_empty());

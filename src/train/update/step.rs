@@ -4,6 +4,7 @@ use super::accumulate;
 use super::device::{self, OnDevice};
 use super::optimizer::{Optimizer, Scale, clip_factor, global_norm};
 use crate::train::data::Batch;
+use crate::train::graph::scale::LossScale;
 use crate::train::graph::{GradientSession, Parameter};
 use crate::train::loss::Loss;
 use crate::{Error, Result};
@@ -113,7 +114,7 @@ impl Place {
     }
 
     /// What the loss is multiplied by, where it is.
-    pub fn loss_scale(&self) -> Option<f32> {
+    pub fn loss_scale(&self) -> Option<LossScale> {
         match self {
             Self::Host { gradient, .. } => gradient.loss_scale(),
             Self::Device(device) => device.loss_scale(),
@@ -121,7 +122,7 @@ impl Place {
     }
 
     /// Takes over from a run that had come so far ([`GradientSession::go_on`]).
-    pub fn go_on(&mut self, runs: u64, loss_scale: Option<f32>) {
+    pub fn go_on(&mut self, runs: u64, loss_scale: Option<LossScale>) {
         match self {
             Self::Host { gradient, .. } => gradient.go_on(runs, loss_scale),
             Self::Device(device) => device.go_on(runs, loss_scale),
@@ -144,6 +145,7 @@ impl Learned {
         let grad_norm = global_norm(gradients.iter().copied());
         let mut outcome = Outcome { loss, grad_norm, finite: true };
         if outcome.is_finite() {
+            session.stepped();
             let clip = max_norm.map_or(1.0, |max| clip_factor(grad_norm, max));
             self.keep();
             let values = self.parameters.iter_mut().map(Parameter::values_mut);
