@@ -1,6 +1,6 @@
 //! One pass over the evaluation data.
 
-use super::data::{Batches, Feed, IGNORE};
+use super::data::{Batches, Feed, IGNORE, ahead};
 use super::graph::{ForwardSession, Parameter};
 use super::loss::Loss;
 use super::record::metrics::EvalReport;
@@ -17,18 +17,23 @@ pub(super) fn evaluate(
     step: usize,
 ) -> Result<EvalReport> {
     let by_class = loss.scores_classes();
-    let mut batches = Batches::new(feed.rows(), batch_size, None);
+    let batches = Batches::new(feed.rows(), batch_size, None);
+    let all = batches.per_epoch();
     let (mut sum, mut counted, mut right) = (0.0, 0, 0);
-    for _ in 0..batches.per_epoch() {
-        let batch = feed.batch(batches.next_rows())?;
-        let (mean, output) = session.run(parameters, &batch)?;
-        if let Some(labels) = batch.targets.first().filter(|_| by_class) {
-            right += hits(&output, &loss.targets(labels))?.0;
+    ahead(feed, batches, 1, all, |mut portions| {
+        for _ in 0..all {
+            for batch in portions.take()?.batches {
+                let (mean, output) = session.run(parameters, &batch)?;
+                if let Some(labels) = batch.targets.first().filter(|_| by_class) {
+                    right += hits(&output, &loss.targets(labels))?.0;
+                }
+                let count = loss.count(&batch);
+                sum += mean * count as f64;
+                counted += count;
+            }
         }
-        let count = loss.count(&batch);
-        sum += mean * count as f64;
-        counted += count;
-    }
+        Ok(())
+    })?;
     let share = |n: f64| if counted == 0 { 0.0 } else { n / counted as f64 };
     let eval_accuracy = by_class.then(|| share(right as f64));
     Ok(EvalReport { step, eval_loss: share(sum), eval_accuracy })

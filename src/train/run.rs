@@ -93,7 +93,8 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
         options,
         schedule: schedule(options, steps),
         learned: Learned { optimizer: optimizer(options, &parameters), parameters, last_good: Vec::new() },
-        batches,
+        position: (0, 0),
+        batch_size,
         place,
         eval: eval.zip(feeds.eval.as_ref()),
         metrics: match &resumed {
@@ -116,7 +117,7 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     };
     resumed.map(|saved| trainer.restore(saved)).transpose()?;
     trainer.place.start(&trainer.learned)?;
-    let outcome = trainer.steps(steps, feed, progress);
+    let outcome = trainer.steps(steps, feed, batches, progress);
 
     let injected = options.out.join("injected.onnx");
     let adapter = options.out.join("adapter");

@@ -3,13 +3,12 @@
 use std::time::Instant;
 
 use super::best::Best;
-use super::data::{Batches, Feed};
+use super::data::{Batches, Feed, Portions, ahead};
 use super::evaluate;
 use super::graph::ForwardSession;
 use super::record::checkpoint::Checkpoints;
 use super::record::metrics::MetricsFile;
 use super::record::tensorboard::EventsFile;
-use super::update::accumulate;
 use super::update::schedule::Schedule;
 use super::update::step::{Learned, Outcome, Place};
 use super::{EvalReport, EvalStrategy, Progress, StepReport, TrainOptions};
@@ -31,7 +30,10 @@ pub(super) struct Trainer<'a> {
     pub options: &'a TrainOptions,
     pub schedule: Schedule,
     pub learned: Learned,
-    pub batches: Batches,
+    /// Where the data stands after the steps that were begun ([`Batches::position`]), whatever lies ready beyond them.
+    pub position: (u64, usize),
+    /// Rows of a full batch.
+    pub batch_size: usize,
     pub place: Place,
     pub eval: Option<(ForwardSession, &'a Feed<'a>)>,
     pub metrics: MetricsFile,
@@ -47,13 +49,22 @@ pub(super) struct Trainer<'a> {
 impl Trainer<'_> {
     /// Goes on until `total` steps are taken; or there is a reason to end before that. However it ends, `learned` is
     /// what the steps that were reported have made.
-    pub fn steps(&mut self, total: usize, feed: &Feed, progress: &mut dyn Progress) -> Result<End> {
-        let outcome = self.all_steps(total, feed, progress);
+    pub fn steps(
+        &mut self,
+        total: usize,
+        feed: &Feed,
+        mut batches: Batches,
+        progress: &mut dyn Progress,
+    ) -> Result<End> {
+        let (epoch, row) = self.position;
+        batches.go_to(epoch, row);
+        let (micro, left) = (self.options.gradient_accumulation_steps, total.saturating_sub(self.steps.len()));
+        let outcome = ahead(feed, batches, micro, left, |portions| self.all_steps(total, portions, progress));
         let fetched = self.place.fetch(&mut self.learned);
         outcome.and_then(|end| fetched.map(|()| end))
     }
 
-    fn all_steps(&mut self, total: usize, feed: &Feed, progress: &mut dyn Progress) -> Result<End> {
+    fn all_steps(&mut self, total: usize, mut portions: Portions, progress: &mut dyn Progress) -> Result<End> {
         let mut begun = self.steps.len();
         let mut since = Instant::now();
         while begun < total {
@@ -65,7 +76,9 @@ impl Trainer<'_> {
                 self.save(begun)?;
                 return Ok(End::Asked);
             }
-            let micro = accumulate::micro_batches(feed, &mut self.batches, self.options.gradient_accumulation_steps)?;
+            let portion = portions.take()?;
+            let micro = portion.batches;
+            self.position = portion.position;
             self.samples += micro.iter().map(|batch| batch.samples).sum::<usize>();
             let (factor, clip) = (self.schedule.factor(begun), self.options.max_grad_norm);
             self.place.begin(&mut self.learned, &micro, self.options.loss, factor, clip)?;
@@ -73,7 +86,7 @@ impl Trainer<'_> {
 
             let step = begun;
             let due = match self.options.eval_strategy {
-                EvalStrategy::Epoch => self.batches.at_epoch_end(),
+                EvalStrategy::Epoch => portion.ends_epoch,
                 EvalStrategy::Steps(every) => step.is_multiple_of(every),
                 EvalStrategy::End => false,
             };
@@ -84,9 +97,8 @@ impl Trainer<'_> {
                 self.place.fetch(&mut self.learned)?;
             }
             if evaluates && let Some((session, feed)) = &mut self.eval {
-                let size = self.batches.size();
-                let report =
-                    evaluate::evaluate(session, &self.learned.parameters, feed, self.options.loss, size, step)?;
+                let (loss, size) = (self.options.loss, self.batch_size);
+                let report = evaluate::evaluate(session, &self.learned.parameters, feed, loss, size, step)?;
                 self.evals.push(report);
                 self.metrics.write(&report)?;
                 self.events.eval(&report)?;

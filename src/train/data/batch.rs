@@ -37,11 +37,6 @@ impl Batches {
         batches
     }
 
-    /// Rows of a full batch.
-    pub fn size(&self) -> usize {
-        self.size
-    }
-
     /// Batches in one epoch.
     pub fn per_epoch(&self) -> usize {
         self.order.len().div_ceil(self.size)

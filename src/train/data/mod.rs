@@ -2,8 +2,9 @@
 //!
 //! What `--data` names is found by `files`, whose table has a line for every kind of file. Arrays come as they are.
 //! Records (`jsonl`, `csv`, `arrow`, `folder`) come row by row; a `plan` says which of their columns make up which
-//! input of the model, and turns text into tokens and lists into arrays.
+//! input of the model, and turns text into tokens and lists into arrays. Batches are made `ahead` of the step that they are for.
 
+mod ahead;
 mod arrays;
 mod arrow;
 mod batch;
@@ -23,6 +24,7 @@ mod text;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+pub use ahead::{Portion, Portions, ahead};
 pub use batch::Batches;
 pub use fit::{Axis, Batch, Feed, Field, IGNORE, Target};
 pub use image::ImageOptions;

@@ -374,3 +374,62 @@ fn lines_of_pairs_and_triples_are_stacked_role_below_role() {
     let complaint = case.open(&case.write("p.jsonl", pairs.as_bytes())).unwrap_err().to_string();
     assert!(complaint.contains("p.jsonl:1") && complaint.contains("--negative-field"), "{complaint}");
 }
+
+/// A folder of one class with `count` pictures of one pixel each, that of number `at` being of the colour `at`.
+fn pictures(case: &Case, count: u8) -> PathBuf {
+    let folder = case.path("pictures");
+    std::fs::create_dir_all(folder.join("dot")).unwrap();
+    for at in 0..count {
+        ::image::RgbImage::from_pixel(1, 1, ::image::Rgb([at; 3]))
+            .save(folder.join(format!("dot/{at:03}.png")))
+            .unwrap();
+    }
+    folder
+}
+
+#[test]
+fn portions_made_ahead_are_those_of_the_order_and_an_error_comes_with_its_own() {
+    let case = Case::new(&[("pixels", DataType::Uint8, &["n", "1", "1", "3"])]);
+    let folder = pictures(&case, 11);
+    let dataset = case.open(&folder).unwrap();
+    let feed = case.feed(&dataset).unwrap();
+    let batches = || Batches::new(11, 2, Some(1));
+    // Two batches at a time, three epochs of 2 + 2 + 2 batches, the last of them short.
+    let colours =
+        |batch: &Batch| -> Vec<u8> { batch.inputs[0].1.values::<u8>().unwrap().iter().step_by(3).copied().collect() };
+    let (mut order, mut taken) = (batches(), 0);
+    ahead(&feed, batches(), 2, 9, |mut portions| {
+        for at in 0..9 {
+            let portion = portions.take().unwrap();
+            for batch in &portion.batches {
+                let rows: Vec<u8> = order.next_rows().iter().map(|row| *row as u8).collect();
+                assert_eq!((colours(batch), batch.samples), (rows.clone(), rows.len()));
+                taken += 1;
+            }
+            assert_eq!((portion.position, portion.ends_epoch), (order.position(), at % 3 == 2));
+        }
+        assert!(portions.take().is_err());
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(taken, 18);
+    // Nobody takes the rest: the thread ends all the same.
+    ahead(&feed, batches(), 1, usize::MAX, |mut portions| portions.take()).unwrap();
+
+    // A picture whose beginning alone is whole is found when its batch is made.
+    let bad = folder.join("dot/007.png");
+    let whole = std::fs::read(&bad).unwrap();
+    std::fs::write(&bad, &whole[..whole.len() - 20]).unwrap();
+    let dataset = case.open(&folder).unwrap();
+    let feed = case.feed(&dataset).unwrap();
+    let in_order = Batches::new(11, 2, None);
+    ahead(&feed, in_order, 1, 6, |mut portions| {
+        for at in [0, 2, 4] {
+            assert_eq!(colours(&portions.take().unwrap().batches[0]), [at, at + 1]);
+        }
+        let complaint = portions.take().unwrap_err().to_string();
+        assert!(complaint.contains("007.png: this is no whole image"), "{complaint}");
+        Ok(())
+    })
+    .unwrap();
+}

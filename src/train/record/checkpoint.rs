@@ -336,7 +336,7 @@ impl Trainer<'_> {
             arrays.iter().map(|(name, dims, bytes)| Ok((name, TensorView::new(Dtype::F32, dims.clone(), bytes)?)));
         let views = views.collect::<Result<Vec<_>, _>>().map_err(broken)?;
         let tensors = safetensors::serialize(views, None).map_err(broken)?;
-        let (epoch, row) = self.batches.position();
+        let (epoch, row) = self.position;
         let loss_scale = self.place.loss_scale();
         let state = State {
             step,
@@ -391,7 +391,7 @@ impl Trainer<'_> {
                 fill("best", &parameter.clone(), parameter.values_mut())?;
             }
         }
-        self.batches.go_to(state.epoch, state.row);
+        self.position = (state.epoch, state.row);
         let finite_steps = state.finite_steps;
         self.place.go_on(state.runs, state.loss_scale.map(|value| LossScale { value, finite_steps }));
         self.steps = history.steps;

@@ -1,21 +1,10 @@
 //! Several batches for one update, where memory holds no larger one.
 
 use crate::onnx::Tensor;
-use crate::train::data::{Batch, Batches, Feed};
+use crate::train::data::Batch;
 use crate::train::graph::{GradientSession, Parameter};
 use crate::train::loss::Loss;
 use crate::{Error, Result};
-
-/// The next `most` batches, fewer where the epoch ends before (as in transformers' Trainer).
-pub(in crate::train) fn micro_batches(feed: &Feed, batches: &mut Batches, most: usize) -> Result<Vec<Batch>> {
-    let mut taken = Vec::new();
-    loop {
-        taken.push(feed.batch(batches.next_rows())?);
-        if taken.len() >= most || batches.at_epoch_end() {
-            return Ok(taken);
-        }
-    }
-}
 
 /// Loss and gradients of `micro` as if they were one batch: means over all labels that count in any of them. Batches
 /// of as many labels each have the same share, as in PyTorch where every loss is divided by their number.
