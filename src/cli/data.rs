@@ -59,6 +59,15 @@ pub struct DataArgs {
     #[arg(long)]
     max_length: Option<usize>,
 
+    /// For causal-lm: join the texts, an end-of-text token between them, and cut them into rows of exactly --max-length
+    /// tokens, which are their own labels; the last row is left out unless it is full
+    #[arg(long)]
+    packing: bool,
+
+    /// The token that --packing puts between texts [default: the tokenizer's <|endoftext|>, </s> and the like]
+    #[arg(long, value_name = "TOKEN")]
+    eos_token: Option<String>,
+
     /// Column that holds images, or paths of images [default: the only one with images, or image]
     #[arg(long, value_name = "COLUMN")]
     image_field: Option<String>,
@@ -129,6 +138,8 @@ impl DataArgs {
             positive_field: self.positive_field.clone(),
             negative_field: self.negative_field.clone(),
             max_length: self.max_length,
+            packing: self.packing,
+            eos_token: self.eos_token.clone(),
         };
         options.image = ImageOptions {
             field: self.image_field.clone(),

@@ -35,4 +35,4 @@ pub use record::metrics::{EvalReport, StepReport};
 pub use record::report::size;
 pub use run::run;
 pub use update::{optimizer, schedule};
-pub use watch::{Plan, Progress, Summary};
+pub use watch::{Amount, Plan, Progress, Summary};

@@ -239,6 +239,12 @@ impl TrainOptions {
         if self.group_by_length && !self.shuffle {
             return Err(Error::config("group-by-length is an order of its own; leave out no-shuffle"));
         }
+        if self.text.packing && !matches!(self.loss, Loss::CausalLm { .. }) {
+            return Err(Error::config("packing makes rows for loss causal-lm; leave it out here"));
+        }
+        if self.text.eos_token.is_some() && !self.text.packing {
+            return Err(Error::config("eos-token is for packing; leave it out here"));
+        }
         if self.warmup_steps > 0 && self.warmup_ratio > 0.0 {
             return Err(Error::config("give warmup-steps or warmup-ratio, not both"));
         }
@@ -275,7 +281,7 @@ mod tests {
         };
         assert!(with(|_| ()).is_ok());
         type Change = fn(&mut TrainOptions);
-        let cases: [(Change, &str); 32] = [
+        let cases: [(Change, &str); 34] = [
             (|o| o.loss = Loss::CrossEntropy { label_smoothing: 1.5 }, "label-smoothing"),
             (|o| o.loss = Loss::Huber { delta: 0.0 }, "huber-delta"),
             (|o| o.loss = Loss::KlDiv { temperature: -1.0 }, "temperature"),
@@ -305,6 +311,8 @@ mod tests {
             (|o| o.early_stopping_patience = Some(0), "early-stopping-patience"),
             (|o| o.early_stopping_threshold = f64::NAN, "early-stopping-threshold"),
             (|o| (o.shuffle, o.group_by_length) = (false, true), "leave out no-shuffle"),
+            (|o| o.text.packing = true, "packing makes rows for loss causal-lm"),
+            (|o| o.text.eos_token = Some("</s>".into()), "eos-token is for packing"),
             (|o| o.early_stopping_patience = Some(3), "give eval-data"),
             (|o| o.load_best_model_at_end = true, "give eval-data"),
             (|o| o.metric_for_best_model = Metric::EvalAccuracy, "use eval_loss"),

@@ -18,7 +18,7 @@ use super::update::flat::Flat;
 use super::update::optimizer::{Group, Optimizer};
 use super::update::schedule::{self, Schedule};
 use super::update::step::{Learned, Place};
-use super::{Plan, Progress, Summary, TrainOptions, plan};
+use super::{Amount, Plan, Progress, Summary, TrainOptions, plan};
 use crate::engine::{Device, Engine};
 use crate::onnx::Model;
 use crate::{Error, Result};
@@ -78,6 +78,8 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     progress.started(&Plan {
         rows: feed.rows(),
         eval_rows: feeds.eval.as_ref().map(Feed::rows),
+        packed: feed.packed(),
+        eval_packed: feeds.eval.as_ref().and_then(Feed::packed),
         batch_size: batch_size.saturating_mul(options.gradient_accumulation_steps),
         steps,
         steps_per_epoch,
@@ -113,7 +115,7 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
         ),
         steps: Vec::new(),
         evals: Vec::new(),
-        samples: 0,
+        taken: Amount::default(),
     };
     resumed.map(|saved| trainer.restore(saved)).transpose()?;
     trainer.place.start(&trainer.learned)?;
@@ -139,12 +141,14 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
         (Ok(end), Ok(())) => end,
     };
     let seconds: f64 = trainer.steps.iter().skip(steps_before).map(|step| step.seconds).sum();
+    let per_second = |count: usize| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
     let summary = Summary {
         best: trainer.best.found(),
         best_kept,
         stopped: end == End::Asked,
         stopped_early: end == End::Early,
-        samples_per_second: if seconds > 0.0 { trainer.samples as f64 / seconds } else { 0.0 },
+        samples_per_second: per_second(trainer.taken.samples),
+        tokens_per_second: trainer.taken.tokens.map(per_second),
         peak_memory: report::peak_memory(),
         adapter_bytes: save::adapter_bytes(&subject.injection, &adapter),
         trainable,

@@ -11,7 +11,7 @@ use super::record::metrics::MetricsFile;
 use super::record::tensorboard::EventsFile;
 use super::update::schedule::Schedule;
 use super::update::step::{Learned, Outcome, Place};
-use super::{EvalReport, EvalStrategy, Progress, StepReport, TrainOptions};
+use super::{Amount, EvalReport, EvalStrategy, Progress, StepReport, TrainOptions};
 use crate::{Error, Result};
 
 /// Why a run is over.
@@ -42,8 +42,8 @@ pub(super) struct Trainer<'a> {
     pub best: Best,
     pub steps: Vec<StepReport>,
     pub evals: Vec<EvalReport>,
-    /// Samples in the steps of this process.
-    pub samples: usize,
+    /// What the steps of this process took.
+    pub taken: Amount,
 }
 
 impl Trainer<'_> {
@@ -79,7 +79,9 @@ impl Trainer<'_> {
             let portion = portions.take()?;
             let micro = portion.batches;
             self.position = portion.position;
-            self.samples += micro.iter().map(|batch| batch.samples).sum::<usize>();
+            let amount = Amount::of(&micro);
+            self.taken = self.taken.and(amount);
+            progress.begun(amount);
             let (factor, clip) = (self.schedule.factor(begun), self.options.max_grad_norm);
             self.place.begin(&mut self.learned, &micro, self.options.loss, factor, clip)?;
             begun += 1;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::data::{Batch, Packed};
 use super::options::TrainOptions;
 use super::plan::MemoryPlan;
 use super::record::metrics::{EvalReport, StepReport};
@@ -12,6 +13,8 @@ pub trait Progress {
     fn planned(&mut self, _memory: &MemoryPlan) {}
     /// Everything was checked and loaded; the first step comes next.
     fn started(&mut self, _plan: &Plan) {}
+    /// A step begins, with so much data.
+    fn begun(&mut self, _amount: Amount) {}
     fn step(&mut self, _report: &StepReport) {}
     fn evaluated(&mut self, _report: &EvalReport) {}
     /// Something to know that does not end the run.
@@ -25,11 +28,38 @@ pub trait Progress {
 /// Watches nothing.
 impl Progress for () {}
 
+/// How much data steps take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Amount {
+    pub samples: usize,
+    /// Those that count, of models that read tokens.
+    pub tokens: Option<usize>,
+}
+
+impl Amount {
+    pub(super) fn of(batches: &[Batch]) -> Self {
+        let amounts = batches.iter().map(|b| Self { samples: b.samples, tokens: b.tokens() });
+        amounts.fold(Self::default(), Self::and)
+    }
+
+    /// Both together; tokens are known where they are of both.
+    pub fn and(self, more: Self) -> Self {
+        if self.samples == 0 {
+            return more;
+        }
+        let tokens = self.tokens.zip(more.tokens).map(|(a, b)| a.saturating_add(b));
+        Self { samples: self.samples.saturating_add(more.samples), tokens }
+    }
+}
+
 /// What a run is going to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     pub rows: usize,
     pub eval_rows: Option<usize>,
+    /// How these rows came of texts, where those were packed.
+    pub packed: Option<Packed>,
+    pub eval_packed: Option<Packed>,
     /// Samples per step, those of all its batches together.
     pub batch_size: usize,
     pub steps: usize,
@@ -64,6 +94,8 @@ pub struct Summary {
     pub seconds: f64,
     /// Training samples in the steps after `steps_before`, by the time of these steps alone.
     pub samples_per_second: f64,
+    /// The same of the tokens that count, of models that read tokens.
+    pub tokens_per_second: Option<f64>,
     /// The most memory that the process ever held, where the system tells.
     pub peak_memory: Option<u64>,
     /// Of the files with the adapters' values.
@@ -91,6 +123,7 @@ impl Summary {
             stopped_early: false,
             seconds: 0.0,
             samples_per_second: 0.0,
+            tokens_per_second: None,
             peak_memory: None,
             adapter_bytes: 0,
             trainable: 0,

@@ -5,6 +5,7 @@ mod data;
 mod device;
 mod faults;
 mod grad;
+mod packing;
 mod plan;
 mod quantized;
 mod resume;

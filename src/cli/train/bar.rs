@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::ProgressBar;
 
-use super::print::eval_text;
+use super::print::{eval_text, rates};
 use crate::cli::printer::Printer;
-use crate::train::{EvalReport, MemoryPlan, Plan, Progress, StepReport};
+use crate::train::data::Packed;
+use crate::train::{Amount, EvalReport, MemoryPlan, Plan, Progress, StepReport};
 
 /// A run's progress on stderr: steps, loss, time left.
 pub struct Bar<'a> {
@@ -15,14 +16,16 @@ pub struct Bar<'a> {
     /// Print a line for every evaluation.
     evaluations: bool,
     bar: ProgressBar,
-    /// In a step.
-    samples: usize,
+    /// Steps that were begun, and what they took.
+    begun: usize,
+    taken: Amount,
     interrupted: Arc<AtomicBool>,
 }
 
 impl<'a> Bar<'a> {
     pub fn new(printer: &'a Printer, evaluations: bool) -> Self {
-        Self { printer, evaluations, bar: ProgressBar::hidden(), samples: 0, interrupted: Arc::default() }
+        let (bar, interrupted) = (ProgressBar::hidden(), Arc::default());
+        Self { printer, evaluations, bar, begun: 0, taken: Amount::default(), interrupted }
     }
 }
 
@@ -65,6 +68,14 @@ impl Progress for Bar<'_> {
     }
 
     fn started(&mut self, plan: &Plan) {
+        let packed = [("training data", plan.packed), ("evaluation data", plan.eval_packed)];
+        for (data, Packed { texts, rows, length, left_out }) in
+            packed.into_iter().filter_map(|(data, packed)| Some((data, packed?)))
+        {
+            self.printer.say(format!(
+                "{data}: {texts} texts packed into {rows} rows of {length} tokens, {left_out} tokens left out"
+            ));
+        }
         self.printer.say(format!(
             "{} samples, {} steps of {}, {} trainable parameters, loss on {}",
             plan.rows, plan.steps, plan.batch_size, plan.trainable, plan.output
@@ -77,17 +88,22 @@ impl Progress for Bar<'_> {
         }
         self.bar = self.printer.bar(plan.steps as u64).with_position(plan.steps_taken as u64);
         self.bar.reset_eta();
-        self.samples = plan.batch_size;
     }
 
     fn warned(&mut self, what: &str) {
         self.printer.warn(what);
     }
 
+    fn begun(&mut self, amount: Amount) {
+        self.begun += 1;
+        self.taken = self.taken.and(amount);
+    }
+
     fn step(&mut self, report: &StepReport) {
         self.bar.set_position(report.step as u64);
-        let rate = self.bar.per_sec() * self.samples as f64;
-        self.bar.set_message(format!("loss {:.4}  lr {:.2e}  {rate:.1} samples/s", report.loss, report.lr));
+        let rate = |count: usize| self.bar.per_sec() * count as f64 / self.begun.max(1) as f64;
+        let rates = rates(rate(self.taken.samples), self.taken.tokens.map(rate));
+        self.bar.set_message(format!("loss {:.4}  lr {:.2e}  {rates}", report.loss, report.lr));
     }
 
     fn stop(&self) -> bool {

@@ -83,6 +83,7 @@ pub fn run(args: Args, printer: &Printer) -> Result<()> {
         "stopped_early": summary.stopped_early,
         "seconds": summary.seconds,
         "samples_per_second": summary.samples_per_second,
+        "tokens_per_second": summary.tokens_per_second,
         "peak_memory_bytes": summary.peak_memory,
         "adapter_bytes": summary.adapter_bytes,
     });

@@ -21,9 +21,9 @@ pub fn resume_command(args: impl Iterator<Item = String>) -> String {
 pub fn print(summary: &Summary, p: &Printer) {
     if let (Some(first), Some(last)) = (summary.steps.first(), summary.steps.last()) {
         let (steps, seconds) = (summary.steps.len() - summary.steps_before, summary.seconds);
-        let rate = summary.samples_per_second;
+        let rates = rates(summary.samples_per_second, summary.tokens_per_second);
         let (first, last) = (first.loss, last.loss);
-        p.line(&format!("{steps} steps in {seconds:.1} s ({rate:.1} samples/s), loss {first:.4} → {last:.4}"));
+        p.line(&format!("{steps} steps in {seconds:.1} s ({rates}), loss {first:.4} → {last:.4}"));
     }
     if summary.stopped_early {
         p.line("stopped early: evaluations became no better");
@@ -38,6 +38,12 @@ pub fn print(summary: &Summary, p: &Printer) {
     if !summary.steps.is_empty() {
         p.line(&format!("{memory}adapter {}", size(summary.adapter_bytes)));
     }
+}
+
+/// What a second takes of the data.
+pub fn rates(samples: f64, tokens: Option<f64>) -> String {
+    let tokens = tokens.map(|rate| format!(", {rate:.0} tokens/s")).unwrap_or_default();
+    format!("{samples:.1} samples/s{tokens}")
 }
 
 pub fn eval_text(eval: &EvalReport) -> String {

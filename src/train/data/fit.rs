@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 
 use super::column::{Column, widens};
-use super::{Dataset, LabelKind};
+use super::text::Part;
+use super::{Dataset, LabelKind, Packed};
 use crate::onnx::proto::tensor_shape_proto::dimension::Value as DimValue;
 use crate::onnx::{DataType, GraphProto, Tensor, ValueInfoProto, data_type_name, value_info};
 use crate::{Error, Result, did_you_mean};
@@ -138,6 +139,22 @@ pub struct Batch {
     pub samples: usize,
 }
 
+impl Batch {
+    /// How many tokens it holds, where the model reads such (rows of integers, by a name that ends in `_ids`): those that
+    /// its mask counts, or all.
+    pub fn tokens(&self) -> Option<usize> {
+        let is_ids = |name: &str| Part::of(name).map_or(name.ends_with("_ids"), |part| part == Part::Ids);
+        let is_row =
+            |value: &Tensor| value.dims().len() == 2 && matches!(value.data_type(), DataType::Int64 | DataType::Int32);
+        let (_, ids) = self.inputs.iter().find(|(name, value)| is_ids(name) && is_row(value))?;
+        let mask = self.inputs.iter().find(|(name, _)| Part::of(name) == Some(Part::Mask)).map(|(_, mask)| mask);
+        Some(match mask.filter(|mask| mask.dims() == ids.dims()) {
+            Some(mask) => mask.to_f64().iter().filter(|counts| **counts != 0.0).count(),
+            None => ids.len(),
+        })
+    }
+}
+
 impl<'a> Feed<'a> {
     /// # Errors
     /// An input without an array, an array without an input, a wrong type or shape, a column that the loss reads missing.
@@ -214,6 +231,11 @@ impl<'a> Feed<'a> {
     /// Number of samples.
     pub fn rows(&self) -> usize {
         self.dataset.rows()
+    }
+
+    /// How its rows came of texts that were packed.
+    pub fn packed(&self) -> Option<Packed> {
+        self.dataset.packed
     }
 
     /// How many rows of the inputs make one sample.

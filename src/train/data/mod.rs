@@ -16,6 +16,7 @@ mod folder;
 mod image;
 mod jsonl;
 mod labels;
+mod pack;
 mod plan;
 mod record;
 mod roles;
@@ -28,6 +29,7 @@ pub use ahead::{Portion, Portions, ahead};
 pub use batch::Batches;
 pub use fit::{Axis, Batch, Feed, Field, IGNORE, Target};
 pub use image::ImageOptions;
+pub use pack::Packed;
 pub use roles::Roles;
 pub use text::TextOptions;
 
@@ -79,6 +81,8 @@ pub struct Dataset {
     roles: usize,
     /// Class names in order of their ids, where labels were given as text.
     pub label_names: Option<Vec<String>>,
+    /// How its rows came of texts that were packed.
+    pub packed: Option<Packed>,
 }
 
 /// Rows that are tokenized at a time.
@@ -93,6 +97,12 @@ impl Dataset {
     pub fn open(paths: &[PathBuf], options: &ReadOptions) -> Result<Self> {
         let files = Files::find(paths)?;
         let dataset = match files.format.read {
+            Read::Arrays(_) if options.text.packing => {
+                return Err(Error::data(format!(
+                    "{}: packing joins texts, and this is a file of arrays; leave out --packing",
+                    files.name().display()
+                )));
+            }
             Read::Arrays(read) => {
                 let parts = files.paths.iter().map(|path| {
                     let rows = Self::of_arrays(path, read(path)?)?;
@@ -125,7 +135,7 @@ impl Dataset {
                 path.display()
             )));
         }
-        Ok(Self { path: path.into(), rows: count, roles: 1, columns, label_names: None })
+        Ok(Self { path: path.into(), rows: count, roles: 1, columns, label_names: None, packed: None })
     }
 
     /// The rows of several files of arrays.
@@ -146,7 +156,7 @@ impl Dataset {
             Ok((name, column))
         };
         let columns = columns.into_iter().map(join).collect::<Result<_>>()?;
-        Ok(Self { path, columns, rows, roles, label_names: None })
+        Ok(Self { path, columns, rows, roles, label_names: None, packed: None })
     }
 
     fn of_records(files: &Files, format: RecordFormat, options: &ReadOptions) -> Result<Self> {
@@ -166,7 +176,9 @@ impl Dataset {
         let key = &plan.wanted[plan.label.unwrap_or(0)];
         let listed = schema.classes.iter().position(|(column, _)| *column == key.column);
         let listed = listed.map(|at| schema.classes.swap_remove(at).1);
-        let listed = listed.filter(|_| options.kind == Some(LabelKind::Class));
+        // What is packed is its own label.
+        let kind = options.kind.filter(|_| !options.text.packing);
+        let listed = listed.filter(|_| kind == Some(LabelKind::Class));
         if let (Some(listed), Some(fixed)) = (&listed, options.label_names)
             && listed != fixed
         {
@@ -177,7 +189,7 @@ impl Dataset {
                 fixed.join(", ")
             )));
         }
-        let mut seen = Seen::new(options.kind, options.classes);
+        let mut seen = Seen::new(kind, options.classes);
         for path in &files.paths {
             for record in (format.open)(path, std::slice::from_ref(key))? {
                 let record = record?;
@@ -210,7 +222,16 @@ impl Dataset {
             }
         }
         building.push(chunk)?;
-        Ok(Self { path, columns: building.finish(), rows, roles: plan.roles, label_names: names })
+        let packed = building.packed();
+        if let Some(Packed { texts, rows: 0, length, left_out }) = packed {
+            return Err(Error::data(format!(
+                "{}: its {texts} texts have {left_out} tokens together, fewer than one row of {length}; make --max-length \
+                 smaller, or leave out --packing",
+                path.display()
+            )));
+        }
+        let rows = packed.map_or(rows, |packed| packed.rows);
+        Ok(Self { path, columns: building.finish(), rows, roles: plan.roles, label_names: names, packed })
     }
 
     /// Number of samples.

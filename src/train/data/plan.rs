@@ -7,6 +7,7 @@ use tokenizers::EncodeInput;
 use super::column::{Column, Growing, Padding, number};
 use super::image::{Pictures, Transform};
 use super::labels::Labels;
+use super::pack::{Packed, Packer, Packing};
 use super::record::{Cell, Numbers, Record, Schema, Wanted};
 use super::text::{self, Part, Texts};
 use super::{Axis, Field, ReadOptions, Roles, roles};
@@ -36,6 +37,7 @@ pub(super) struct Plan {
     /// A source for each role.
     inputs: Vec<(Field, Vec<Source>)>,
     texts: Option<Texts>,
+    packing: Option<Packing>,
     /// For each role, the places of its text and of the second one of a pair; empty where no text is read.
     fields: Vec<(usize, Option<usize>)>,
 }
@@ -79,6 +81,7 @@ impl Plan {
             label_name: options.labels.into(),
             inputs: Vec::new(),
             texts,
+            packing: None,
             fields: Vec::new(),
         };
         for input in options.inputs {
@@ -111,7 +114,9 @@ impl Plan {
                 }
             };
         }
-        if options.kind.is_some() {
+        if options.text.packing {
+            plan.packing = Some(plan.packing(options)?);
+        } else if options.kind.is_some() {
             let has = |name: &str| schema.columns.iter().any(|c| c == name);
             plan.label = Some(match mapped(options, options.labels) {
                 Some([column]) => want(&mut plan.wanted, column, "--map"),
@@ -127,6 +132,28 @@ impl Plan {
             wanted.position(path, &schema.columns)?;
         }
         Ok(plan)
+    }
+
+    /// How texts are packed, where all that the model reads is made of them.
+    fn packing(&self, options: &ReadOptions) -> Result<Packing> {
+        let other = self.inputs.iter().find(|(_, sources)| !matches!(sources[..], [Source::Token(_)]));
+        let (Some(texts), None) = (&self.texts, other) else {
+            let input = other.map_or("input_ids", |(input, _)| &input.name);
+            return Err(Error::config(format!(
+                "packing joins texts, but the model's input {input} is not made of text here; give texts and --tokenizer, \
+                 or leave out --packing"
+            )));
+        };
+        if options.text.text_pair_field.is_some() {
+            return Err(Error::config("packing joins texts, not pairs of them; leave out --text-pair-field"));
+        }
+        if mapped(options, options.labels).is_some() {
+            return Err(Error::config(format!(
+                "with packing the tokens are their own labels; leave out --map {}=…",
+                options.labels
+            )));
+        }
+        Packing::new(texts, options.text)
     }
 
     /// What `input` is made of.
@@ -205,7 +232,8 @@ impl Plan {
             (Some(Source::Token(part)), Some(texts)) => Filling::Numbers(texts.column(*part)),
             _ => Filling::Numbers(numbers(input)),
         });
-        Building { plan: self, labels, inputs: inputs.collect(), label: labels.column() }
+        let packer = self.packing.map(Packer::new);
+        Building { plan: self, labels, inputs: inputs.collect(), label: labels.column(), packer }
     }
 }
 
@@ -325,6 +353,7 @@ pub(super) struct Building<'a> {
     labels: &'a Labels,
     inputs: Vec<Filling>,
     label: Option<Growing>,
+    packer: Option<Packer>,
 }
 
 impl Building<'_> {
@@ -354,6 +383,9 @@ impl Building<'_> {
                 }
             }
             encodings = texts.encode(inputs)?;
+        }
+        if self.packer.is_some() {
+            return encodings.iter().try_for_each(|encoding| self.pack(encoding.get_ids()));
         }
         let roles = self.plan.roles;
         for (row, record) in records.iter_mut().enumerate() {
@@ -396,6 +428,28 @@ impl Building<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Appends the rows that `tokens` fill, together with what was left of the texts before.
+    fn pack(&mut self, tokens: &[u32]) -> Result<()> {
+        let rows = self.packer.as_mut().map(|packer| packer.push(tokens)).unwrap_or_default();
+        for row in rows {
+            let dims = [row.len()];
+            for ((_, sources), filling) in self.plan.inputs.iter().zip(&mut self.inputs) {
+                if let ([Source::Token(part)], Filling::Numbers(column)) = (&sources[..], filling) {
+                    let values = if *part == Part::Ids { row.clone() } else { part.beside(row.len()) };
+                    column.push(&dims, &Numbers::Int(values)).map_err(Error::data)?;
+                }
+            }
+            let labels = self.label.as_mut().map(|column| column.push(&dims, &Numbers::Int(row)));
+            labels.transpose().map_err(Error::data)?;
+        }
+        Ok(())
+    }
+
+    /// What has come of packing so far.
+    pub fn packed(&self) -> Option<Packed> {
+        self.packer.as_ref().map(Packer::packed)
     }
 
     /// The columns by name, the labels last.

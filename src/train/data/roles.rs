@@ -90,5 +90,5 @@ pub(super) fn stack(dataset: Dataset, roles: Roles) -> Result<Dataset> {
     if let Some((role, (input, _))) = alone {
         return Err(bad(format!("there is an array {role}.{input}, but no anchor.{input}")));
     }
-    Ok(Dataset { columns, rows, roles: count, label_names, path })
+    Ok(Dataset { columns, rows, roles: count, label_names, path, packed: None })
 }

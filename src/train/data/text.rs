@@ -26,6 +26,10 @@ pub struct TextOptions {
     pub negative_field: Option<String>,
     /// Tokens kept of a text, special ones included; `None`: as the tokenizer's file says, else 512.
     pub max_length: Option<usize>,
+    /// Texts are joined and cut into rows of exactly `max_length` tokens, which are their own labels (`pack.rs`).
+    pub packing: bool,
+    /// The token that packing puts between texts; `None`: the one that the tokenizer has for it.
+    pub eos_token: Option<String>,
 }
 
 impl Default for TextOptions {
@@ -40,6 +44,8 @@ impl Default for TextOptions {
             positive_field,
             negative_field: None,
             max_length: None,
+            packing: false,
+            eos_token: None,
         }
     }
 }
@@ -102,8 +108,10 @@ impl Part {
 
 /// A tokenizer that was set up for a model.
 pub(super) struct Texts {
-    file: PathBuf,
+    pub file: PathBuf,
     tokenizer: Tokenizer,
+    /// Tokens of a row at most.
+    pub max_length: usize,
     pad_id: u32,
     pad_type_id: u32,
     left: bool,
@@ -144,7 +152,8 @@ impl Texts {
             )));
         }
         let truncation = TruncationParams { max_length, stride: 0, ..truncation };
-        tokenizer.with_truncation(Some(truncation)).map_err(failed)?;
+        // Nothing of a text is cut off where the next row goes on with it.
+        tokenizer.with_truncation((!options.packing).then_some(truncation)).map_err(failed)?;
         let pad_id = padding
             .as_ref()
             .map(|p| p.pad_id)
@@ -152,13 +161,18 @@ impl Texts {
             .unwrap_or(0);
         let left = padding.as_ref().is_some_and(|p| matches!(p.direction, PaddingDirection::Left));
         let pad_type_id = padding.map_or(0, |p| p.pad_type_id);
-        Ok(Self { file: file.into(), tokenizer, pad_id, pad_type_id, left, fixed })
+        Ok(Self { file: file.into(), tokenizer, max_length, pad_id, pad_type_id, left, fixed })
     }
 
     /// Tokens of texts and of pairs of them, on all cores.
     pub fn encode(&self, texts: Vec<EncodeInput>) -> Result<Vec<Encoding>> {
         let encoded = self.tokenizer.encode_batch(texts, true);
         encoded.map_err(|e| Error::file(&self.file, format!("the tokenizer failed: {e}")))
+    }
+
+    /// The id of a token.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
     }
 
     /// An empty column for one part of the encodings.

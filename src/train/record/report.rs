@@ -75,6 +75,7 @@ fn facts(engine: &str, summary: &Summary) -> Vec<Vec<String>> {
     let since = if here < steps { format!(" for the last {here} steps") } else { String::new() };
     rows.push(row("time", format!("{:.1} s{since}", summary.seconds)));
     rows.push(row("samples per second", format!("{:.1}", summary.samples_per_second)));
+    rows.extend(summary.tokens_per_second.map(|rate| row("tokens per second", format!("{rate:.0}"))));
     rows.extend(summary.peak_memory.map(|bytes| row("peak memory of the process", size(bytes))));
     rows.push(row("adapter", size(summary.adapter_bytes)));
     rows
