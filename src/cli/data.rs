@@ -83,6 +83,11 @@ pub struct DataArgs {
     /// What each channel is divided by after that [default: 0.229,0.224,0.225 (ImageNet's); 1 for grey]
     #[arg(long, value_delimiter = ',')]
     image_std: Option<Vec<f32>>,
+
+    /// MiB of memory that rows may take once they are read. Where they are more, all of them go to files without a name on
+    /// the disk of the output directory, and each batch is read from there: the run's bits are the same
+    #[arg(long, value_name = "MIB", default_value_t = TrainOptions::DATA_MEMORY >> 20)]
+    data_memory: u64,
 }
 
 /// `input=column`, `input=a,b,c`, and several of these with commas between.
@@ -147,6 +152,7 @@ impl DataArgs {
             mean: self.image_mean.clone(),
             std: self.image_std.clone(),
         };
+        options.data_memory = self.data_memory.saturating_mul(1 << 20);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use super::data::{Axis, Dataset, Feed, Field, LabelKind, ReadOptions, Target};
+use super::data::{Axis, Dataset, Feed, Field, LabelKind, ReadOptions, Room, Target};
 use super::graph::teacher::TeacherModel;
 use super::graph::{LossModel, Task};
 use super::loss::OwnLoss;
@@ -70,10 +70,11 @@ impl<'a> Goal<'a> {
     /// # Errors
     /// What cannot be read, with file and place; labels that are names in one part only.
     pub fn rows(&self) -> Result<Rows> {
-        let train = self.read(&self.options.data, None)?;
+        let room = Room::new(self.options.data_memory, &self.options.out);
+        let train = self.read(&self.options.data, None, &room)?;
         let eval = match self.options.eval_data.as_slice() {
             [] => None,
-            paths => Some(self.read(paths, train.label_names.as_deref())?),
+            paths => Some(self.read(paths, train.label_names.as_deref(), &room)?),
         };
         if let (None, Some(eval)) = (&train.label_names, eval.as_ref().filter(|e| e.label_names.is_some())) {
             return Err(Error::data(format!(
@@ -85,7 +86,7 @@ impl<'a> Goal<'a> {
         Ok(Rows { train, eval })
     }
 
-    fn read(&self, paths: &[PathBuf], label_names: Option<&[String]>) -> Result<Dataset> {
+    fn read(&self, paths: &[PathBuf], label_names: Option<&[String]>, room: &Room) -> Result<Dataset> {
         let options = self.options;
         let read = ReadOptions {
             inputs: &self.inputs,
@@ -97,6 +98,7 @@ impl<'a> Goal<'a> {
             text: &options.text,
             image: &options.image,
             label_names,
+            room,
         };
         Dataset::open(paths, &read)
     }

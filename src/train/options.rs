@@ -62,6 +62,9 @@ pub struct TrainOptions {
     pub map: Vec<(String, Vec<String>)>,
     pub text: TextOptions,
     pub image: ImageOptions,
+    /// Bytes of rows that may stay in memory once they are read; where they are more, they lie in files without a name
+    /// beside `out`.
+    pub data_memory: u64,
     pub optimizer: Rule,
     /// Peak learning rate.
     pub lr: f64,
@@ -112,6 +115,9 @@ impl TrainOptions {
     /// with it: at 1e-3, where Adam's first steps are 1e-3 long, real encoders leave the place they should learn from.
     pub const LR: f64 = 1e-4;
 
+    /// Default of `data_memory`.
+    pub const DATA_MEMORY: u64 = 1 << 30;
+
     /// AdamW's defaults are torch's, but without weight decay.
     pub fn new(out: impl Into<PathBuf>, data: impl Into<PathBuf>, loss: Loss) -> Self {
         Self {
@@ -134,6 +140,7 @@ impl TrainOptions {
             map: Vec::new(),
             text: TextOptions::default(),
             image: ImageOptions::default(),
+            data_memory: Self::DATA_MEMORY,
             optimizer: Rule::AdamW { betas: (0.9, 0.999), eps: 1e-8 },
             lr: Self::LR,
             head_lr: None,

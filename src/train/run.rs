@@ -68,7 +68,7 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     }
     let (feed, batch_size) = (&feeds.train, feeds.batch_size);
     let batches = match options.group_by_length {
-        true => Batches::grouped(feed.rows(), batch_size, options.seed, feed.lengths()),
+        true => Batches::grouped(feed.rows(), batch_size, options.seed, feed.lengths()?),
         false => Batches::new(feed.rows(), batch_size, options.shuffle.then_some(options.seed)),
     };
     let steps_per_epoch = batches.per_epoch().div_ceil(options.gradient_accumulation_steps);

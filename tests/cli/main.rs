@@ -4,6 +4,7 @@ mod adapters;
 mod data;
 mod device;
 mod faults;
+mod formats;
 mod grad;
 mod packing;
 mod plan;

@@ -9,12 +9,13 @@ use ndarray_npy::{NpzReader, ReadNpyError, ReadNpzError, ReadableElement};
 use safetensors::{Dtype, SafeTensors};
 
 use super::Array;
+use super::room::{Room, Stored};
 use crate::onnx::external::map_file;
 use crate::onnx::{DataType, Element, Tensor};
 use crate::{Error, Result};
 
 /// The arrays of a `.safetensors` file; no element is copied.
-pub(super) fn safetensors(path: &Path) -> Result<Vec<(String, Array)>> {
+pub(super) fn safetensors(path: &Path, _: &Room) -> Result<Vec<(String, Array)>> {
     let bytes = map_file(path).map_err(Error::io("open", path))?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|e| Error::file(path, format!("this is not a whole .safetensors file ({e})")))?;
@@ -36,15 +37,16 @@ pub(super) fn safetensors(path: &Path) -> Result<Vec<(String, Array)>> {
             Dtype::BOOL => DataType::Bool,
             other => return Err(Error::file(path, format!("array {name}: elements of type {other:?} are not read"))),
         };
-        let array = Array { data_type, dims: view.shape().to_vec(), bytes: bytes.slice_ref(view.data()) };
+        let array =
+            Array { data_type, dims: view.shape().to_vec(), bytes: Stored::Memory(bytes.slice_ref(view.data())) };
         arrays.push((name.to_string(), array));
     }
     arrays.sort_by(|a, b| a.0.cmp(&b.0));
     Ok(arrays)
 }
 
-/// The arrays of a `.npz` file, compressed or not.
-pub(super) fn npz(path: &Path) -> Result<Vec<(String, Array)>> {
+/// The arrays of a `.npz` file, compressed or not; one at a time is in memory as a whole.
+pub(super) fn npz(path: &Path, room: &Room) -> Result<Vec<(String, Array)>> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     let mut reader = NpzReader::new(BufReader::new(file))
         .map_err(|e| Error::file(path, format!("this is not a whole .npz file ({e})")))?;
@@ -53,7 +55,7 @@ pub(super) fn npz(path: &Path) -> Result<Vec<(String, Array)>> {
     for name in names {
         let tensor = npy(&mut reader, &name).map_err(|what| Error::file(path, format!("array {name}: {what}")))?;
         let (data_type, dims) = (tensor.data_type(), tensor.dims().to_vec());
-        arrays.push((name, Array { data_type, dims, bytes: tensor.to_bytes().into() }));
+        arrays.push((name, Array { data_type, dims, bytes: room.keep(&tensor)? }));
     }
     Ok(arrays)
 }

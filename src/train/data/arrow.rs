@@ -29,7 +29,10 @@ type Parquet = ParquetRecordBatchReaderBuilder<File>;
 type Batches = Box<dyn Iterator<Item = Result<RecordBatch, ArrowError>> + Send>;
 
 fn broken(path: &Path, kind: &str, e: impl std::fmt::Display) -> Error {
-    Error::file(path, format!("this is not a whole {kind} file ({e})"))
+    let text = e.to_string();
+    // Arrow says of what kind an error is: "Parser error: …".
+    let what = text.split_once(" error: ").map_or(text.as_str(), |(_, what)| what);
+    Error::file(path, format!("this is not a whole {kind} file ({what})"))
 }
 
 fn parquet(path: &Path) -> Result<Parquet> {
@@ -53,7 +56,7 @@ fn open_parquet(path: &Path, wanted: &[Wanted]) -> Result<Records> {
 /// The two forms of Arrow IPC; a file begins with `ARROW1`.
 enum Ipc {
     File(FileReader<BufReader<File>>),
-    Stream(StreamReader<BufReader<File>>),
+    Stream(StreamReader<Ended>),
 }
 
 impl Ipc {
@@ -65,7 +68,7 @@ impl Ipc {
         let file = BufReader::with_capacity(1 << 18, open()?);
         Ok(match is_file {
             true => Ipc::File(FileReader::try_new(file, projection).map_err(failed)?),
-            false => Ipc::Stream(StreamReader::try_new(file, projection).map_err(failed)?),
+            false => Ipc::Stream(StreamReader::try_new(Ended { file, ended: false }, projection).map_err(failed)?),
         })
     }
 
@@ -79,8 +82,37 @@ impl Ipc {
     fn batches(self) -> Batches {
         match self {
             Ipc::File(reader) => Box::new(reader),
-            Ipc::Stream(reader) => Box::new(reader),
+            Ipc::Stream(reader) => Box::new(Stream(reader)),
         }
+    }
+}
+
+/// A file that knows whether somebody tried to read beyond its end.
+struct Ended {
+    file: BufReader<File>,
+    ended: bool,
+}
+
+impl Read for Ended {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.file.read(buffer)?;
+        self.ended |= read == 0 && !buffer.is_empty();
+        Ok(read)
+    }
+}
+
+/// The batches of a stream. The format lets a stream just end where a message could follow, but whoever finishes one
+/// writes a mark: without it, nobody knows how much is gone.
+struct Stream(StreamReader<Ended>);
+
+impl Iterator for Stream {
+    type Item = Result<RecordBatch, ArrowError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let batch = self.0.next();
+        let cut =
+            || ArrowError::ParseError("it ends without the mark of its end: it was cut, or never finished".into());
+        if batch.is_none() && self.0.get_ref().ended { Some(Err(cut())) } else { batch }
     }
 }
 

@@ -1,9 +1,11 @@
 //! Columns of rows: as files of arrays hold them, or grown row by row out of numbers and lists.
 
-use bytes::Bytes;
+use std::borrow::Cow;
 
 use super::image::Pictures;
 use super::record::{Cell, Numbers};
+use super::room::{Room, Store, Stored};
+use crate::Result;
 use crate::onnx::{DataType, Tensor, data_type_name};
 
 /// One column.
@@ -11,6 +13,10 @@ use crate::onnx::{DataType, Tensor, data_type_name};
 pub(super) enum Column {
     /// Rows of one shape.
     Dense(Array),
+    /// The same in several files, with the place of the first row of each.
+    Files(Vec<(usize, Column)>),
+    /// Rows of several columns in turn: one of the first, one of the second, …
+    Turns(Vec<Column>),
     /// One number for all rows, for an input without axes (a sample rate, a number of steps).
     Single(Array),
     /// Sequences of different lengths, padded per batch.
@@ -24,12 +30,17 @@ pub(super) enum Column {
 pub(super) struct Array {
     pub data_type: DataType,
     pub dims: Vec<usize>,
-    pub bytes: Bytes,
+    pub bytes: Stored,
 }
 
 impl Array {
     pub fn tensor(&self) -> Result<Tensor, String> {
-        Tensor::from_bytes(self.data_type, &self.dims, &self.bytes)
+        Tensor::from_bytes(self.data_type, &self.dims, &self.bytes.read(0..self.bytes.len())?)
+    }
+
+    fn row(&self, at: usize) -> Result<Cow<'_, [u8]>, String> {
+        let row = self.bytes.len() / self.dims.first().copied().unwrap_or(0).max(1);
+        self.bytes.read(at * row..(at + 1) * row)
     }
 }
 
@@ -39,21 +50,31 @@ pub(super) struct Ragged {
     data_type: DataType,
     /// Shape of what stands at one place of the first axis.
     tail: Vec<usize>,
-    /// Where each row ends, in bytes.
-    ends: Vec<usize>,
-    bytes: Vec<u8>,
+    /// Where each row ends, in bytes: a [`u64`] each.
+    ends: Stored,
+    bytes: Stored,
     padding: Padding,
 }
 
+const END: usize = size_of::<u64>();
+
 impl Ragged {
-    fn row(&self, at: usize) -> Option<&[u8]> {
-        let from = if at == 0 { 0 } else { *self.ends.get(at - 1)? };
-        self.bytes.get(from..*self.ends.get(at)?)
+    fn rows(&self) -> usize {
+        self.ends.len() / END
+    }
+
+    /// Where row `at` begins and ends.
+    fn range(&self, at: usize) -> Result<std::ops::Range<usize>, String> {
+        let from = at.saturating_sub(1) * END;
+        let ends = self.ends.read(from..(at + 1) * END)?;
+        let mut ends = ends.as_chunks::<END>().0.iter().map(|end| u64::from_le_bytes(*end) as usize);
+        let from = if at == 0 { Some(0) } else { ends.next() };
+        from.zip(ends.next()).map(|(from, to)| from..to).ok_or_else(|| "a row is missing".into())
     }
 
     /// Places of the first axis in row `at`, as the file has them.
-    fn length(&self, at: usize) -> usize {
-        self.row(at).map_or(0, |row| row.len() / self.stride().max(1))
+    fn length(&self, at: usize) -> Result<usize, String> {
+        Ok(self.range(at)?.len() / self.stride().max(1))
     }
 
     /// Bytes of one place of the first axis.
@@ -76,8 +97,10 @@ impl Column {
     pub fn rows(&self) -> usize {
         match self {
             Column::Dense(Array { dims, .. }) => dims.first().copied().unwrap_or(0),
+            Column::Files(parts) => parts.iter().map(|(_, part)| part.rows()).sum(),
+            Column::Turns(columns) => columns.iter().map(Column::rows).sum(),
             Column::Single(_) => 1,
-            Column::Ragged(ragged) => ragged.ends.len(),
+            Column::Ragged(ragged) => ragged.rows(),
             Column::Images(pictures) => pictures.len(),
         }
     }
@@ -85,6 +108,8 @@ impl Column {
     pub fn data_type(&self) -> DataType {
         match self {
             Column::Dense(Array { data_type, .. }) | Column::Single(Array { data_type, .. }) => *data_type,
+            Column::Files(parts) => parts.first().map_or(DataType::Undefined, |(_, part)| part.data_type()),
+            Column::Turns(columns) => columns.first().map_or(DataType::Undefined, Column::data_type),
             Column::Ragged(ragged) => ragged.data_type,
             Column::Images(pictures) => pictures.data_type(),
         }
@@ -94,6 +119,8 @@ impl Column {
     pub fn row_dims(&self) -> Vec<Option<usize>> {
         match self {
             Column::Dense(Array { dims, .. }) => dims.iter().skip(1).map(|d| Some(*d)).collect(),
+            Column::Files(parts) => parts.first().map_or(Vec::new(), |(_, part)| part.row_dims()),
+            Column::Turns(columns) => columns.first().map_or(Vec::new(), Column::row_dims),
             Column::Single(_) => Vec::new(),
             Column::Ragged(Ragged { tail, padding, .. }) => {
                 std::iter::once(padding.length).chain(tail.iter().map(|d| Some(*d))).collect()
@@ -103,31 +130,43 @@ impl Column {
     }
 
     /// How long row `at` is before it is padded; `None` where all rows are alike.
-    pub fn length(&self, at: usize) -> Option<usize> {
+    pub fn length(&self, at: usize) -> Result<Option<usize>, String> {
         match self {
-            Column::Ragged(ragged) if ragged.padding.length.is_none() => Some(ragged.length(at)),
-            _ => None,
+            Column::Ragged(ragged) if ragged.padding.length.is_none() => ragged.length(at).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Row `at` of rows of one shape.
+    fn row(&self, at: usize) -> Result<Cow<'_, [u8]>, String> {
+        match self {
+            Column::Dense(array) => array.row(at),
+            Column::Files(parts) => {
+                let part = parts[..parts.partition_point(|(from, _)| *from <= at)].last();
+                part.map_or(Err("a row is missing".into()), |(from, part)| part.row(at - from))
+            }
+            Column::Turns(columns) => columns[at % columns.len()].row(at / columns.len()),
+            _ => Err("its rows are not of one shape".into()),
         }
     }
 
     /// The given rows as one tensor of `data_type`, which is the column's own type or a wider integer one.
     pub fn gather(&self, rows: &[usize], data_type: DataType) -> Result<Tensor, String> {
         let tensor = match self {
-            Column::Dense(Array { data_type, dims, bytes }) => {
-                let row = bytes.len() / dims.first().copied().unwrap_or(0).max(1);
-                let mut picked = Vec::with_capacity(row * rows.len());
+            Column::Dense(_) | Column::Files(_) | Column::Turns(_) => {
+                let mut picked = Vec::new();
                 for at in rows {
-                    picked.extend_from_slice(bytes.get(at * row..(at + 1) * row).ok_or("a row is missing")?);
+                    picked.extend_from_slice(&self.row(*at)?);
                 }
-                let mut dims = dims.clone();
-                dims[0] = rows.len();
-                Tensor::from_bytes(*data_type, &dims, &picked)?
+                let dims: Vec<usize> =
+                    std::iter::once(rows.len()).chain(self.row_dims().into_iter().flatten()).collect();
+                Tensor::from_bytes(self.data_type(), &dims, &picked)?
             }
             Column::Single(array) => array.tensor()?,
             Column::Ragged(ragged) => {
                 let Ragged { tail, padding, .. } = ragged;
-                let picked: Vec<&[u8]> =
-                    rows.iter().map(|at| ragged.row(*at)).collect::<Option<_>>().ok_or("a row is missing")?;
+                let picked = rows.iter().map(|at| ragged.bytes.read(ragged.range(*at)?));
+                let picked = picked.collect::<Result<Vec<_>, String>>()?;
                 let stride = ragged.stride();
                 let longest = picked.iter().map(|r| r.len() / stride.max(1)).max().unwrap_or(0);
                 let length = padding.length.unwrap_or(longest);
@@ -150,43 +189,41 @@ impl Column {
     /// # Errors
     /// Says what differs from the first part.
     pub fn join(parts: Vec<Self>) -> Result<Self, String> {
-        let shape = |array: &Array| format!("{} of shape {:?}", data_type_name(array.data_type), &array.dims);
         let mut parts = parts.into_iter();
         let first = parts.next().ok_or("it holds no rows")?;
         if parts.len() == 0 {
             return Ok(first);
         }
-        match first {
-            Column::Dense(Array { data_type, mut dims, bytes }) => {
-                let mut all = bytes.to_vec();
-                for part in parts {
-                    match part {
-                        Column::Dense(more) if (data_type, &dims[1..]) == (more.data_type, &more.dims[1..]) => {
-                            all.extend_from_slice(&more.bytes);
-                            dims[0] += more.dims[0];
-                        }
-                        Column::Dense(other) => {
-                            let first = Array { data_type, dims, bytes: Bytes::new() };
-                            return Err(format!(
-                                "it is {} in one file and {} in another",
-                                shape(&first),
-                                shape(&other)
-                            ));
-                        }
-                        _ => return Err("it has rows in one file and a single number in another".into()),
-                    }
-                }
-                Ok(Column::Dense(Array { data_type, dims, bytes: all.into() }))
-            }
-            Column::Single(first) => {
-                let same = |c: Column| matches!(c, Column::Single(a) if (a.data_type, &a.bytes) == (first.data_type, &first.bytes));
-                match parts.all(same) {
-                    true => Ok(Column::Single(first)),
-                    false => Err("it is a single number, and not the same one in all files".into()),
+        if let Column::Single(first) = first {
+            let bits = |array: &Array| Ok::<_, String>((array.data_type, array.tensor()?.to_bytes()));
+            let bits_of_first = bits(&first)?;
+            for part in parts {
+                if !matches!(&part, Column::Single(array) if bits(array)? == bits_of_first) {
+                    return Err("it is a single number, and not the same one in all files".into());
                 }
             }
-            _ => Err("its rows come from several files".into()),
+            return Ok(Column::Single(first));
         }
+        let kind = |column: &Column| (column.data_type(), column.row_dims());
+        let shape = |column: &Column| {
+            let dims: Vec<usize> =
+                std::iter::once(column.rows()).chain(column.row_dims().into_iter().flatten()).collect();
+            format!("{} of shape {dims:?}", data_type_name(column.data_type()))
+        };
+        let mut rows = first.rows();
+        let mut all = vec![(0, first)];
+        for part in parts {
+            if let Column::Single(_) = part {
+                return Err("it has rows in one file and a single number in another".into());
+            }
+            if kind(&part) != kind(&all[0].1) {
+                return Err(format!("it is {} in one file and {} in another", shape(&all[0].1), shape(&part)));
+            }
+            let count = part.rows();
+            all.push((rows, part));
+            rows += count;
+        }
+        Ok(Column::Files(all))
     }
 }
 
@@ -203,15 +240,18 @@ pub(super) struct Growing {
     dims: Option<Vec<usize>>,
     /// Whether another row has another length.
     ragged: bool,
-    ends: Vec<usize>,
-    bytes: Vec<u8>,
+    rows: usize,
+    /// Of each row, where its length may be another than that of the first.
+    ends: Store,
+    bytes: Store,
 }
 
 impl Growing {
     /// A column of scalars, or of rows that are all of one shape.
     pub fn new(data_type: DataType, shape: Option<Vec<usize>>) -> Self {
         let (padding, pads) = (Padding::default(), false);
-        Self { data_type, padding, shape, pads, dims: None, ragged: false, ends: Vec::new(), bytes: Vec::new() }
+        let (ends, bytes) = (Store::default(), Store::default());
+        Self { data_type, padding, shape, pads, dims: None, ragged: false, rows: 0, ends, bytes }
     }
 
     /// A column whose rows may differ in length.
@@ -242,20 +282,29 @@ impl Growing {
             }
             self.ragged = true;
         }
-        put(numbers, self.data_type, &mut self.bytes)?;
-        self.ends.push(self.bytes.len());
+        put(numbers, self.data_type, self.bytes.tail())?;
+        if self.pads {
+            self.ends.tail().extend(self.bytes.len().to_le_bytes());
+        }
+        self.rows += 1;
         Ok(())
     }
 
-    pub fn finish(self) -> Column {
-        let Self { data_type, padding, dims, ragged, ends, bytes, .. } = self;
+    /// What it has grown by, for [`Room::settle`].
+    pub fn stores(&mut self) -> [&mut Store; 2] {
+        [&mut self.ends, &mut self.bytes]
+    }
+
+    pub fn finish(self, room: &Room) -> Result<Column> {
+        let Self { data_type, padding, dims, ragged, rows, ends, bytes, .. } = self;
         let dims = dims.unwrap_or_default();
+        let bytes = bytes.finish(room)?;
         if ragged || padding.length.is_some() {
             let tail = dims.get(1..).unwrap_or_default().to_vec();
-            return Column::Ragged(Ragged { data_type, tail, ends, bytes, padding });
+            return Ok(Column::Ragged(Ragged { data_type, tail, ends: ends.finish(room)?, bytes, padding }));
         }
-        let dims = std::iter::once(ends.len()).chain(dims).collect();
-        Column::Dense(Array { data_type, dims, bytes: bytes.into() })
+        let dims = std::iter::once(rows).chain(dims).collect();
+        Ok(Column::Dense(Array { data_type, dims, bytes }))
     }
 }
 

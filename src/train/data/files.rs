@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::record::RecordFormat;
+use super::room::Room;
 use super::{Array, arrays, arrow, csv, folder, jsonl};
 use crate::{Error, Result};
 
@@ -20,7 +21,7 @@ type Arrays = Vec<(String, Array)>;
 /// How a file is read.
 pub(super) enum Read {
     /// All of it at once: arrays by name, one row per sample.
-    Arrays(fn(&Path) -> Result<Arrays>),
+    Arrays(fn(&Path, &Room) -> Result<Arrays>),
     /// Row by row.
     Records(RecordFormat),
 }

@@ -244,11 +244,21 @@ impl<'a> Feed<'a> {
     }
 
     /// The length of each sample before it is padded, by the longest of its rows; zeros where all are alike.
-    pub fn lengths(&self) -> Vec<usize> {
+    pub fn lengths(&self) -> Result<Vec<usize>> {
         let roles = self.roles();
-        let longest = |at: usize| self.inputs.iter().filter_map(|(_, column, _)| column.length(at)).max();
-        let sample = |row: usize| (row * roles..(row + 1) * roles).filter_map(longest).max();
-        (0..self.rows()).map(|row| sample(row).unwrap_or(0)).collect()
+        let mut lengths = vec![0; self.rows()];
+        for (name, column, _) in &self.inputs {
+            for at in 0..lengths.len() * roles {
+                let length = column
+                    .length(at)
+                    .map_err(|what| Error::data(format!("{}: array {name}: {what}", self.dataset.path.display())))?;
+                // Either all rows of a column have a length, or none has.
+                let Some(length) = length else { break };
+                let sample = &mut lengths[at / roles];
+                *sample = length.max(*sample);
+            }
+        }
+        Ok(lengths)
     }
 
     /// The file it was read from.

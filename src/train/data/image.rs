@@ -1,13 +1,16 @@
 //! Images: decoded, resized and normalised as a model's input wants them, when their batch comes.
 
-use std::io::{BufReader, Cursor};
-use std::path::PathBuf;
+use std::fmt::{self, Display, Formatter};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Cursor, Seek};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
-use bytes::Bytes;
 use image::imageops::{FilterType, resize};
 use image::{DynamicImage, ImageReader};
 
-use super::record::{Cell, Place};
+use super::record::{At, Cell, Place};
+use super::room::{Room, Store, Stored};
 use super::{Axis, Field};
 use crate::onnx::{DataType, Tensor, data_type_name};
 use crate::{Error, Result};
@@ -140,50 +143,91 @@ impl Transform {
     }
 }
 
-/// An image file that was not decoded yet.
+/// An image that was not decoded yet.
 #[derive(Debug)]
-enum Picture {
-    File(PathBuf),
-    Bytes(Bytes, Place),
+struct Picture {
+    source: Source,
+    /// The row that it stands in.
+    place: Place,
 }
 
-impl Picture {
-    fn name(&self) -> String {
-        match self {
-            Picture::File(path) => path.display().to_string(),
-            Picture::Bytes(_, place) => place.to_string(),
+#[derive(Debug)]
+enum Source {
+    File(PathBuf),
+    /// Among the bytes that are kept.
+    Kept(Range<usize>),
+}
+
+/// What a message calls it.
+impl Display for Picture {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        match (&self.source, self.place.at) {
+            (Source::File(path), At::Whole) => write!(f, "{}", path.display()),
+            (Source::File(path), _) => write!(f, "{}: {}", self.place, path.display()),
+            (Source::Kept(_), _) => write!(f, "{}", self.place),
         }
     }
+}
 
-    /// Fails where the file cannot be opened or is no image by its first bytes.
-    fn check(&self) -> Result<(), String> {
-        let told = |e: &dyn std::fmt::Display| format!("{}: this is no image that can be read ({e})", self.name());
-        match self {
-            Picture::File(path) => {
-                let reader = ImageReader::open(path).map_err(|e| format!("{}: cannot open: {e}", path.display()))?;
-                let reader = reader.with_guessed_format().map_err(|e| told(&e))?;
-                reader.into_dimensions().map(|_| ()).map_err(|e| told(&e))
-            }
-            Picture::Bytes(bytes, _) => {
-                let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| told(&e))?;
-                reader.into_dimensions().map(|_| ()).map_err(|e| told(&e))
-            }
-        }
+fn open(path: &Path) -> Result<BufReader<File>, String> {
+    File::open(path).map(BufReader::new).map_err(|e| format!("{}: cannot open: {e}", path.display()))
+}
+
+/// Fails where the image called `name` is none by its first bytes.
+fn check(image: impl BufRead + Seek, name: impl Display) -> Result<(), String> {
+    let told = |e: &dyn Display| format!("{name}: this is no image that can be read ({e})");
+    let reader = ImageReader::new(image).with_guessed_format().map_err(|e| told(&e))?;
+    reader.into_dimensions().map(|_| ()).map_err(|e| told(&e))
+}
+
+fn decode(image: impl BufRead + Seek, name: impl Display) -> Result<DynamicImage, String> {
+    let told = |e: &dyn Display| format!("{name}: this is no whole image ({e})");
+    let reader = ImageReader::new(image).with_guessed_format().map_err(|e| told(&e))?;
+    reader.decode().map_err(|e| told(&e))
+}
+
+/// A column of images that grows row by row.
+pub(super) struct Album {
+    transform: Transform,
+    all: Vec<Picture>,
+    kept: Store,
+}
+
+impl Album {
+    pub fn new(transform: Transform) -> Self {
+        Self { transform, all: Vec::new(), kept: Store::default() }
     }
 
-    fn decode(&self) -> Result<DynamicImage, String> {
-        let told = |e: &dyn std::fmt::Display| format!("{}: this is no whole image ({e})", self.name());
-        match self {
-            Picture::File(path) => {
-                let file = std::fs::File::open(path).map_err(|e| format!("{}: cannot open: {e}", path.display()))?;
-                let reader = ImageReader::new(BufReader::new(file)).with_guessed_format().map_err(|e| told(&e))?;
-                reader.decode().map_err(|e| told(&e))
+    /// Appends the image, or the path of one beside the file of the row.
+    pub fn push(&mut self, cell: Cell, place: &Place) -> Result<(), String> {
+        let bad = |what: String| format!("holds an image that cannot be used: {what}");
+        let path = match cell {
+            Cell::File(path) => path,
+            Cell::Raw(path) | Cell::Text(path) => {
+                place.path.parent().map_or_else(|| path.clone().into(), |dir| dir.join(&path))
             }
-            Picture::Bytes(bytes, _) => {
-                let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| told(&e))?;
-                reader.decode().map_err(|e| told(&e))
+            Cell::Bytes(bytes) => {
+                check(Cursor::new(&bytes), place).map_err(bad)?;
+                let from = self.kept.len() as usize;
+                self.kept.tail().extend(&bytes);
+                let source = Source::Kept(from..from + bytes.len());
+                self.all.push(Picture { source, place: place.clone() });
+                return Ok(());
             }
-        }
+            other => return Err(format!("is {other}, but an image or the path of one is wanted")),
+        };
+        open(&path).and_then(|file| check(file, path.display())).map_err(bad)?;
+        self.all.push(Picture { source: Source::File(path), place: place.clone() });
+        Ok(())
+    }
+
+    /// What it has grown by, for [`Room::settle`].
+    pub fn store(&mut self) -> &mut Store {
+        &mut self.kept
+    }
+
+    pub fn finish(self, room: &Room) -> crate::Result<Pictures> {
+        Ok(Pictures { transform: self.transform, all: self.all, kept: self.kept.finish(room)? })
     }
 }
 
@@ -192,26 +236,16 @@ impl Picture {
 pub(super) struct Pictures {
     transform: Transform,
     all: Vec<Picture>,
+    /// The bytes of those that came without a file of their own.
+    kept: Stored,
 }
 
 impl Pictures {
-    pub fn new(transform: Transform) -> Self {
-        Self { transform, all: Vec::new() }
-    }
-
-    /// Appends the image, or the path of one beside the file of the row.
-    pub fn push(&mut self, cell: Cell, place: &Place) -> Result<(), String> {
-        let picture = match cell {
-            Cell::File(path) => Picture::File(path),
-            Cell::Raw(path) | Cell::Text(path) => {
-                Picture::File(place.path.parent().map_or_else(|| path.clone().into(), |dir| dir.join(&path)))
-            }
-            Cell::Bytes(bytes) => Picture::Bytes(bytes.into(), place.clone()),
-            other => return Err(format!("is {other}, but an image or the path of one is wanted")),
-        };
-        picture.check().map_err(|what| format!("holds an image that cannot be used: {what}"))?;
-        self.all.push(picture);
-        Ok(())
+    fn decode(&self, picture: &Picture) -> Result<DynamicImage, String> {
+        match &picture.source {
+            Source::File(path) => decode(open(path)?, picture),
+            Source::Kept(range) => decode(Cursor::new(self.kept.read(range.clone())?), picture),
+        }
     }
 
     pub fn len(&self) -> usize {
@@ -241,7 +275,7 @@ impl Pictures {
                 .map(|(pictures, out)| {
                     scope.spawn(move || {
                         pictures.iter().zip(out.chunks_mut(row.max(1))).try_for_each(|(picture, out)| {
-                            transform.write(&transform.pixels(picture.decode()?), out);
+                            transform.write(&transform.pixels(self.decode(picture)?), out);
                             Ok::<(), String>(())
                         })
                     })

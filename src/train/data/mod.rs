@@ -2,7 +2,8 @@
 //!
 //! What `--data` names is found by `files`, whose table has a line for every kind of file. Arrays come as they are.
 //! Records (`jsonl`, `csv`, `arrow`, `folder`) come row by row; a `plan` says which of their columns make up which
-//! input of the model, and turns text into tokens and lists into arrays. Batches are made `ahead` of the step that they are for.
+//! input of the model, and turns text into tokens and lists into arrays. What is made of
+//! them stays in memory as far as there is `room`. Batches are made `ahead` of the step that they are for.
 
 mod ahead;
 mod arrays;
@@ -20,6 +21,7 @@ mod pack;
 mod plan;
 mod record;
 mod roles;
+mod room;
 mod text;
 
 use std::collections::BTreeMap;
@@ -31,6 +33,7 @@ pub use fit::{Axis, Batch, Feed, Field, IGNORE, Target};
 pub use image::ImageOptions;
 pub use pack::Packed;
 pub use roles::Roles;
+pub use room::Room;
 pub use text::TextOptions;
 
 use crate::onnx::Tensor;
@@ -68,6 +71,7 @@ pub struct ReadOptions<'a> {
     pub image: &'a ImageOptions,
     /// Class names in order of their ids, where another file (the training data) has fixed them.
     pub label_names: Option<&'a [String]>,
+    pub room: &'a Room,
 }
 
 /// Rows of data files, column by column.
@@ -85,8 +89,9 @@ pub struct Dataset {
     pub packed: Option<Packed>,
 }
 
-/// Rows that are tokenized at a time.
+/// Rows that are tokenized at a time, and about how many bytes of them at most.
 const CHUNK: usize = 1024;
+const CHUNK_BYTES: usize = 8 << 20;
 
 impl Dataset {
     /// Reads all of `paths`: files, globs, folders that `datasets` saved, folders of images. Files are told apart by
@@ -105,7 +110,7 @@ impl Dataset {
             }
             Read::Arrays(read) => {
                 let parts = files.paths.iter().map(|path| {
-                    let rows = Self::of_arrays(path, read(path)?)?;
+                    let rows = Self::of_arrays(path, read(path, options.room)?)?;
                     roles::stack(rows, options.roles)
                 });
                 Self::join(files.name(), parts.collect::<Result<_>>()?)?
@@ -213,12 +218,15 @@ impl Dataset {
             )));
         }
         let labels = Labels::new(options.kind, names.as_deref());
-        let mut building = plan.start(&labels);
-        let mut chunk = Vec::with_capacity(CHUNK);
+        let mut building = plan.start(&labels, options.room);
+        let (mut chunk, mut bytes) = (Vec::with_capacity(CHUNK), 0);
         for record in open()? {
-            chunk.push(record?);
-            if chunk.len() == CHUNK {
+            let record = record?;
+            bytes += record.size();
+            chunk.push(record);
+            if chunk.len() == CHUNK || bytes >= CHUNK_BYTES {
                 building.push(std::mem::take(&mut chunk))?;
+                bytes = 0;
             }
         }
         building.push(chunk)?;
@@ -231,7 +239,7 @@ impl Dataset {
             )));
         }
         let rows = packed.map_or(rows, |packed| packed.rows);
-        Ok(Self { path, columns: building.finish(), rows, roles: plan.roles, label_names: names, packed })
+        Ok(Self { path, columns: building.finish()?, rows, roles: plan.roles, label_names: names, packed })
     }
 
     /// Number of samples.
@@ -265,8 +273,8 @@ pub(super) fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 pub fn read_arrays(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
     let arrays = match extension.as_str() {
-        "safetensors" => arrays::safetensors(path)?,
-        "npz" => arrays::npz(path)?,
+        "safetensors" => arrays::safetensors(path, &Room::unbounded())?,
+        "npz" => arrays::npz(path, &Room::unbounded())?,
         _ => return Err(Error::data(format!("{}: arrays are read from .safetensors and .npz files", path.display()))),
     };
     arrays

@@ -5,10 +5,11 @@ use std::path::Path;
 use tokenizers::EncodeInput;
 
 use super::column::{Column, Growing, Padding, number};
-use super::image::{Pictures, Transform};
+use super::image::{Album, Transform};
 use super::labels::Labels;
 use super::pack::{Packed, Packer, Packing};
 use super::record::{Cell, Numbers, Record, Schema, Wanted};
+use super::room::{Room, Store};
 use super::text::{self, Part, Texts};
 use super::{Axis, Field, ReadOptions, Roles, roles};
 use crate::onnx::DataType;
@@ -45,7 +46,16 @@ pub(super) struct Plan {
 /// Columns that are being filled.
 enum Filling {
     Numbers(Growing),
-    Images(Pictures),
+    Images(Album),
+}
+
+impl Filling {
+    fn stores(&mut self) -> Vec<&mut Store> {
+        match self {
+            Filling::Numbers(column) => column.stores().into(),
+            Filling::Images(album) => vec![album.store()],
+        }
+    }
 }
 
 /// Adds a column to those that are wanted, once.
@@ -225,15 +235,15 @@ impl Plan {
         ))
     }
 
-    /// Empty columns to fill.
-    pub fn start<'a>(&'a self, labels: &'a Labels) -> Building<'a> {
+    /// Empty columns to fill, within `room`.
+    pub fn start<'a>(&'a self, labels: &'a Labels, room: &'a Room) -> Building<'a> {
         let inputs = self.inputs.iter().map(|(input, sources)| match (sources.first(), &self.texts) {
-            (Some(Source::Image(_, transform)), _) => Filling::Images(Pictures::new(transform.clone())),
+            (Some(Source::Image(_, transform)), _) => Filling::Images(Album::new(transform.clone())),
             (Some(Source::Token(part)), Some(texts)) => Filling::Numbers(texts.column(*part)),
             _ => Filling::Numbers(numbers(input)),
         });
         let packer = self.packing.map(Packer::new);
-        Building { plan: self, labels, inputs: inputs.collect(), label: labels.column(), packer }
+        Building { plan: self, labels, room, inputs: inputs.collect(), label: labels.column(), packer }
     }
 }
 
@@ -351,6 +361,7 @@ fn image_column<'a>(options: &ReadOptions<'a>, schema: &'a Schema) -> Option<(&'
 pub(super) struct Building<'a> {
     plan: &'a Plan,
     labels: &'a Labels,
+    room: &'a Room,
     inputs: Vec<Filling>,
     label: Option<Growing>,
     packer: Option<Packer>,
@@ -360,7 +371,7 @@ impl Building<'_> {
     /// Appends rows.
     ///
     /// # Errors
-    /// Names the file and the line or row, the field, and what was wanted.
+    /// Names the file and the line or row, the field, and what was wanted; a disk that is full.
     pub fn push(&mut self, mut records: Vec<Record>) -> Result<()> {
         let wanted = &self.plan.wanted;
         let refused = |record: &Record, at: usize, what: String| {
@@ -385,7 +396,8 @@ impl Building<'_> {
             encodings = texts.encode(inputs)?;
         }
         if self.packer.is_some() {
-            return encodings.iter().try_for_each(|encoding| self.pack(encoding.get_ids()));
+            encodings.iter().try_for_each(|encoding| self.pack(encoding.get_ids()))?;
+            return self.settle();
         }
         let roles = self.plan.roles;
         for (row, record) in records.iter_mut().enumerate() {
@@ -414,9 +426,9 @@ impl Building<'_> {
                             };
                             (*at, pushed)
                         }
-                        (Source::Image(at, _), Filling::Images(pictures)) => {
+                        (Source::Image(at, _), Filling::Images(album)) => {
                             let cell = std::mem::replace(&mut record.cells[*at], Cell::Null);
-                            (*at, pictures.push(cell, &record.place))
+                            (*at, album.push(cell, &record.place))
                         }
                         _ => continue,
                     };
@@ -427,7 +439,13 @@ impl Building<'_> {
                 self.labels.push(&record.cells[at], column).map_err(|what| refused(record, at, what))?;
             }
         }
-        Ok(())
+        self.settle()
+    }
+
+    /// Keeps what lies in memory within its bound.
+    fn settle(&mut self) -> Result<()> {
+        let label = self.label.iter_mut().flat_map(Growing::stores);
+        self.room.settle(self.inputs.iter_mut().flat_map(Filling::stores).chain(label))
     }
 
     /// Appends the rows that `tokens` fill, together with what was left of the texts before.
@@ -453,18 +471,18 @@ impl Building<'_> {
     }
 
     /// The columns by name, the labels last.
-    pub fn finish(self) -> Vec<(String, Column)> {
-        let inputs = self.plan.inputs.iter().zip(self.inputs);
-        let mut columns: Vec<(String, Column)> = inputs
-            .map(|((input, _), filling)| {
-                let column = match filling {
-                    Filling::Numbers(growing) => growing.finish(),
-                    Filling::Images(pictures) => Column::Images(pictures),
-                };
-                (input.name.clone(), column)
-            })
-            .collect();
-        columns.extend(self.label.map(|labels| (self.plan.label_name.clone(), labels.finish())));
-        columns
+    pub fn finish(self) -> Result<Vec<(String, Column)>> {
+        let mut columns = Vec::with_capacity(self.inputs.len() + 1);
+        for ((input, _), filling) in self.plan.inputs.iter().zip(self.inputs) {
+            let column = match filling {
+                Filling::Numbers(growing) => growing.finish(self.room)?,
+                Filling::Images(album) => Column::Images(album.finish(self.room)?),
+            };
+            columns.push((input.name.clone(), column));
+        }
+        if let Some(labels) = self.label {
+            columns.push((self.plan.label_name.clone(), labels.finish(self.room)?));
+        }
+        Ok(columns)
     }
 }

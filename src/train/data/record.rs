@@ -54,6 +54,18 @@ impl Numbers {
     }
 }
 
+impl Cell {
+    /// About as many bytes as it takes.
+    fn size(&self) -> usize {
+        match self {
+            Cell::Raw(text) | Cell::Text(text) => text.len(),
+            Cell::Array { numbers, .. } => numbers.len() * size_of::<f64>(),
+            Cell::Bytes(bytes) => bytes.len(),
+            Cell::Null | Cell::Int(_) | Cell::Float(_) | Cell::File(_) => 0,
+        }
+    }
+}
+
 /// What a message calls a cell.
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -111,6 +123,13 @@ impl Place {
 pub(super) struct Record {
     pub place: Place,
     pub cells: Vec<Cell>,
+}
+
+impl Record {
+    /// About as many bytes as its cells take beyond themselves.
+    pub fn size(&self) -> usize {
+        self.cells.iter().map(Cell::size).sum()
+    }
 }
 
 /// A column that is read, and the flag that chooses another one.

@@ -3,8 +3,6 @@
 //! All parts of a batch make one run of the model: the anchors' rows, below them the positives', below them the
 //! negatives'.
 
-use bytes::Bytes;
-
 use super::Dataset;
 use super::column::{Array, Column};
 use crate::{Error, Result};
@@ -60,14 +58,15 @@ pub(super) fn stack(dataset: Dataset, roles: Roles) -> Result<Dataset> {
         }
     }
     let count = roles.count(!parts[2].is_empty()).map_err(bad)?;
-    let [anchors, others @ ..] = parts;
+    let [anchors, mut others @ ..] = parts;
     let mut columns = Vec::new();
-    for (input, mut array) in anchors {
-        let mut of_roles = vec![array.bytes.clone()];
-        for (role, part) in NAMES[1..].iter().zip(&others).take(count - 1) {
-            let Some((_, other)) = part.iter().find(|(name, _)| *name == input) else {
+    for (input, array) in anchors {
+        let mut of_roles = Vec::new();
+        for (role, part) in NAMES[1..].iter().zip(&mut others).take(count - 1) {
+            let Some(at) = part.iter().position(|(name, _)| *name == input) else {
                 return Err(bad(format!("there is an array anchor.{input}, but no {role}.{input}")));
             };
+            let (_, other) = part.remove(at);
             if (other.data_type, &other.dims) != (array.data_type, &array.dims) {
                 return Err(bad(format!(
                     "arrays anchor.{input} and {role}.{input} have to be alike, but the shapes are {:?} of {:?} and {:?} \
@@ -75,18 +74,12 @@ pub(super) fn stack(dataset: Dataset, roles: Roles) -> Result<Dataset> {
                     array.dims, array.data_type, other.dims, other.data_type
                 )));
             }
-            of_roles.push(other.bytes.clone());
+            of_roles.push(Column::Dense(other));
         }
-        let row = array.bytes.len() / rows.max(1);
-        let row_of = |bytes: &Bytes, at: usize| bytes.slice(at * row..(at + 1) * row);
-        let rows: Vec<Bytes> = (0..rows).flat_map(|at| of_roles.iter().map(move |bytes| row_of(bytes, at))).collect();
-        array.dims[0] *= count;
-        array.bytes = rows.concat().into();
-        columns.push((input, Column::Dense(array)));
+        of_roles.insert(0, Column::Dense(array));
+        columns.push((input, Column::Turns(of_roles)));
     }
-    let has = |input: &String| columns.iter().any(|(name, _)| name == input);
-    let alone =
-        NAMES[1..].iter().zip(&others).find_map(|(role, part)| Some((role, part.iter().find(|(i, _)| !has(i))?)));
+    let alone = NAMES[1..].iter().zip(&others).find_map(|(role, part)| Some((role, part.first()?)));
     if let Some((role, (input, _))) = alone {
         return Err(bad(format!("there is an array {role}.{input}, but no anchor.{input}")));
     }

@@ -1,5 +1,7 @@
 //! What a run's result depends on, in words and checksums: two runs with the same settings end with the same bits.
 
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use serde_json::{Map, Value};
@@ -26,6 +28,7 @@ pub(in crate::train) fn settings(model: &Model, options: &TrainOptions, engine: 
         save_total_limit: _,
         resume: _,
         settings: _,
+        data_memory: _,
         data,
         eval_data,
         eval_strategy,
@@ -168,13 +171,32 @@ fn number(value: &Option<impl ToString>) -> String {
 
 /// Length and checksum of files, one after the other; their names may change.
 fn contents(paths: &[PathBuf]) -> Result<String> {
-    let (mut len, mut crc) = (0, crc32fast::Hasher::new());
+    // Not in a map, whose pages would count as this process's memory: data may be larger than that.
+    let mut sum = Sum::default();
     for path in paths {
-        let bytes = map_file(path).map_err(Error::io("read", path))?;
-        len += bytes.len();
-        crc.update(&bytes);
+        let mut file = File::open(path).map_err(Error::io("read", path))?;
+        io::copy(&mut file, &mut sum).map_err(Error::io("read", path))?;
     }
-    Ok(format!("{len} bytes with CRC-32 {:08x}", crc.finalize()))
+    Ok(format!("{} bytes with CRC-32 {:08x}", sum.len, sum.crc.finalize()))
+}
+
+/// Counts what is written to it.
+#[derive(Default)]
+struct Sum {
+    len: usize,
+    crc: crc32fast::Hasher,
+}
+
+impl Write for Sum {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.len += bytes.len();
+        self.crc.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The same of a model and of its external data.
