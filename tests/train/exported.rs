@@ -6,12 +6,18 @@ use std::path::Path;
 use bone_onnx::adapter::{BoneConfig, InitWeights, TargetModules};
 use bone_onnx::inject::{InjectOptions, inject};
 use bone_onnx::onnx::{Model, Tensor};
-use bone_onnx::train::{self, Loss, TrainOptions};
+use bone_onnx::train::{self, Loss, Precision, TrainOptions};
 
 use crate::common::{arrays, onnxruntime, write_arrays};
 
-/// The loss of the first step and of the last: the goal is PyTorch's own output, moved.
+/// The loss of the first step and of the last.
 fn steps(file: &str, options: InjectOptions) -> (f64, f64) {
+    let losses = losses(file, options, |_| ());
+    (losses[0], losses[7])
+}
+
+/// The losses of eight steps; the goal is PyTorch's own output, moved.
+fn losses(file: &str, options: InjectOptions, change: impl Fn(&mut TrainOptions)) -> Vec<f64> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/exported");
     let mut inputs: Vec<(String, Tensor)> = Vec::new();
     let mut goal = None;
@@ -36,15 +42,16 @@ fn steps(file: &str, options: InjectOptions) -> (f64, f64) {
     inject(&base, &options).expect("an injection").write(&base, &path).expect("a file");
     let injected = Model::open(&path).expect("a model");
     let output = injected.graph().output[0].name().to_string();
-    let options = TrainOptions {
+    let mut options = TrainOptions {
         labels: "goal".into(),
         output: Some(output),
         steps: Some(8),
         lr: 1e-2,
         ..TrainOptions::new(dir.path().join("out"), &data, Loss::Mse)
     };
+    change(&mut options);
     let summary = train::run(&injected, &options, onnxruntime(), &mut ()).unwrap_or_else(|e| panic!("{file}: {e}"));
-    (summary.steps[0].loss, summary.steps[7].loss)
+    summary.steps.iter().map(|step| step.loss).collect()
 }
 
 fn on(targets: &str, init_weights: InitWeights) -> InjectOptions {
@@ -86,5 +93,24 @@ fn every_form_of_a_layer_learns() {
         let what = format!("{file}, {:?}", options.config.init_weights);
         let (first, last) = steps(file, options);
         assert!((first - 0.065).abs() < 1e-4 && last < first - 1e-3, "{what}: the loss went from {first} to {last}");
+    }
+}
+
+#[test]
+fn branches_and_loops_learn_the_same_in_halves_and_with_activations_made_twice() {
+    for file in ["f12_if_yes.ts17.onnx", "f13_cond.dyn18.onnx", "loop.ts17.onnx"] {
+        let run = |change: fn(&mut TrainOptions)| losses(file, on("all-linear", InitWeights::Zeros), change);
+        let plain = run(|_| ());
+        let again = run(|o| o.recompute = true);
+        let half = run(|o| o.precision = Precision::F16);
+        let both = run(|o| (o.precision, o.recompute) = (Precision::F16, true));
+        let apart = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs() / a).fold(0.0, f64::max);
+        assert!(apart(&plain, &again) <= 1e-6, "{file}: {plain:?} {again:?}");
+        // Ten bits of what is computed in halves.
+        let rounding = apart(&plain, &half);
+        assert!(rounding > 0.0 && rounding < 5e-3, "{file}: {plain:?} {half:?}");
+        // The engine leaves out other casts among the copies.
+        assert!(apart(&half, &both) <= 1e-4, "{file}: {half:?} {both:?}");
+        assert!(plain[7] < 0.98 * plain[0], "{file}: {plain:?}");
     }
 }

@@ -3,13 +3,15 @@
 //! Products are computed in the half type, and what passes their values on or combines them element by element stays in
 //! it. Everything else (norms, softmax, sums, powers, the loss) is float32, and so are the adapters, which are cast where
 //! they are used: their gradients come back through that cast in float32. Frozen weights of products are halves in the
-//! graph that trains; the file keeps its own. Constants out of the range of halves become the largest ones.
+//! graph that trains; the file keeps its own. Constants out of the range of halves become the largest ones. A node with
+//! subgraphs (a branch, a loop) is float32 with all that is in it: what it reads by name from outside is there in float32.
 
 use std::collections::{HashMap, HashSet};
 use std::str::FromStr;
 
 use half::{bf16, f16};
 
+use crate::autodiff::inputs;
 use crate::inject::emission::{TILED_GEMM, TILED_MATMUL};
 use crate::onnx::shape::Shapes;
 use crate::onnx::{AttributeProto, DataType, ModelProto, Names, NodeProto, Tensor, TensorProto, node};
@@ -101,28 +103,31 @@ const NOT_IN_BFLOAT16: &[&str] =
 /// Tables of fewer bytes are not worth a second type.
 const LARGE_TABLE: usize = 1 << 16;
 
-/// Brings the main graph of `model` to `precision`; its inputs and outputs keep their types.
+/// Brings the main graph of `model` to `precision`; its inputs and outputs keep their types, and so do its subgraphs.
 ///
 /// # Errors
-/// A graph with subgraphs, which see values by their names.
+/// A constant that cannot be read.
 pub(in crate::train) fn lower(model: &mut ModelProto, precision: Precision) -> Result<()> {
     let Some(half) = precision.half() else { return Ok(()) };
     let shapes = Shapes::infer(model, &Default::default());
     let names = Names::of(model);
     let graph = model.graph.as_mut().ok_or_else(|| Error::model("the model holds no graph"))?;
-    if let Some(node) = graph.node.iter().find(|n| n.attribute.iter().any(|a| a.g.is_some() || !a.graphs.is_empty())) {
-        return Err(Error::config(format!(
-            "--precision: node {} ({}) has subgraphs, which stay in float32; leave the flag out",
-            node.name(),
-            node.op_type()
-        )));
-    }
     let is_float = |name: &str| shapes.element(name) == Some(DataType::Float);
     let constants: HashMap<String, usize> =
         graph.initializer.iter().enumerate().map(|(i, t)| (t.name().to_string(), i)).collect();
     let outputs: HashSet<String> = graph.output.iter().map(|o| o.name().to_string()).collect();
-    let mut pass =
-        Pass { half, names, halves: HashSet::new(), casts: HashMap::new(), made: Vec::new(), nodes: Vec::new() };
+    // What is read by its name, as float32.
+    let with_graphs = graph.node.iter().filter(|n| n.attribute.iter().any(|a| a.g.is_some() || !a.graphs.is_empty()));
+    let named: HashSet<String> = with_graphs.flat_map(inputs).chain(outputs.iter().cloned()).collect();
+    let mut pass = Pass {
+        half,
+        names,
+        halves: HashSet::new(),
+        both: HashSet::new(),
+        casts: HashMap::new(),
+        made: Vec::new(),
+        nodes: Vec::new(),
+    };
     for mut node in std::mem::take(&mut graph.node) {
         if node.is("Constant") {
             pass.nodes.push(node);
@@ -139,7 +144,7 @@ pub(in crate::train) fn lower(model: &mut ModelProto, precision: Precision) -> R
             op if PASSED_ON.contains(&op) && matches!(node.domain(), "" | "ai.onnx") => {
                 let mut computed =
                     floats.iter().map(|i| &node.input[*i]).filter(|name| constant(name).is_none()).peekable();
-                computed.peek().is_some() && computed.all(|name| pass.halves.contains(name))
+                computed.peek().is_some() && computed.all(|name| pass.halves.contains(name) || pass.both.contains(name))
             }
             _ => false,
         };
@@ -153,11 +158,12 @@ pub(in crate::train) fn lower(model: &mut ModelProto, precision: Precision) -> R
         }
         let mut after = Vec::new();
         for output in node.output.iter_mut().filter(|name| in_halves && is_float(name)) {
-            if outputs.contains(output.as_str()) {
-                // The graph's output is float32, as it says.
+            if named.contains(output.as_str()) {
                 let inner = pass.names.fresh(&format!("{output}.half"));
                 after.push(cast(&inner, output, DataType::Float));
                 pass.halves.insert(inner.clone());
+                pass.both.insert(output.clone());
+                pass.casts.insert(output.clone(), inner.clone());
                 *output = inner;
             } else {
                 pass.halves.insert(output.clone());
@@ -170,7 +176,7 @@ pub(in crate::train) fn lower(model: &mut ModelProto, precision: Precision) -> R
     graph.node = nodes;
     graph.initializer.extend(made);
     // What nobody reads any longer in float32 need not be there.
-    let read: HashSet<&str> = graph.node.iter().flat_map(|n| &n.input).map(String::as_str).collect();
+    let read: HashSet<String> = graph.node.iter().flat_map(inputs).collect();
     graph.initializer.retain(|t| read.contains(t.name()) || outputs.contains(t.name()));
     graph.value_info.retain(|v| !halves.contains(v.name()));
     Ok(())
@@ -181,6 +187,8 @@ struct Pass {
     names: Names,
     /// Values that are computed in halves.
     halves: HashSet<String>,
+    /// Values that were computed in halves and are there in float32, too, under their own names.
+    both: HashSet<String>,
     /// Values in the other type than they are computed in, and constants in halves.
     casts: HashMap<String, String>,
     made: Vec<TensorProto>,
@@ -293,5 +301,44 @@ mod tests {
         assert_eq!(casts, 5);
         let bias = graph.initializer.iter().find(|t| t.name() == "bias.half").unwrap();
         assert!(Tensor::from_proto(bias).unwrap().to_f64().iter().all(|v| v.is_finite()));
+    }
+
+    #[test]
+    fn branches_are_float32_and_find_what_they_read_from_outside() {
+        let mut model = model();
+        let graph = model.graph.as_mut().unwrap();
+        // y = If(c) { b × w } else { b }, a product of b beside it, and one of y behind it.
+        let branch = |node| GraphProto {
+            name: Some("branch".into()),
+            node: vec![node],
+            output: vec![value_info("r", DataType::Float, &["n", "4"])],
+            ..Default::default()
+        };
+        let mut choice = node("If", &["c"], &["chosen"]);
+        choice.attribute = vec![
+            AttributeProto::graph("then_branch", branch(node("MatMul", &["b", "w"], &["r"]))),
+            AttributeProto::graph("else_branch", branch(node("Identity", &["b"], &["r"]))),
+        ];
+        graph.node.splice(
+            2..,
+            [
+                choice,
+                node("Relu", &["b"], &["beside"]),
+                node("Add", &["beside", "chosen"], &["sum"]),
+                node("MatMul", &["sum", "block"], &["y"]),
+            ],
+        );
+        graph.input.push(value_info("c", DataType::Bool, &[]));
+        lower(&mut model, Precision::F16).unwrap();
+        let shapes = Shapes::infer(&model, &Default::default());
+        assert_eq!(["b.half", "beside"].map(|v| shapes.element(v).unwrap()), [DataType::Float16; 2]);
+        assert_eq!(["b", "chosen", "sum", "y"].map(|v| shapes.element(v).unwrap()), [DataType::Float; 4]);
+        // The weight is there in both types: a product of the main graph reads it, and one in the branch.
+        let graph = model.graph.unwrap();
+        assert_eq!(["w", "w.half"].map(|w| graph.initializer.iter().any(|t| t.name() == w)), [true; 2]);
+        let choice = graph.node.iter().find(|n| n.is("If")).unwrap();
+        assert_eq!(inputs(choice), ["c", "b", "w"]);
+        // x, b for the branches, beside for the sum, which is cast, and the block; then y.
+        assert_eq!(graph.node.iter().filter(|n| n.is("Cast")).count(), 6);
     }
 }
