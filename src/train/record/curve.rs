@@ -76,10 +76,6 @@ pub fn curves(output: &str, steps: &[StepReport], evals: &[EvalReport]) -> Vec<C
 }
 
 impl Curve {
-    pub fn title(&self) -> &str {
-        &self.title
-    }
-
     /// The text of an SVG file, or what the drawing library said.
     pub fn svg(&self) -> Result<String, String> {
         let mut text = String::new();
@@ -122,7 +118,7 @@ impl Curve {
             .caption(&self.title, (FONT, 22).into_font().color(&INK))
             .margin(18)
             .x_label_area_size(46)
-            .y_label_area_size(80)
+            .y_label_area_size(100)
             .build_cartesian_2d(0.0..last * 1.02, low..high)?;
         let label = (FONT, 15).into_font().color(&INK);
         chart

@@ -8,7 +8,8 @@ use crate::train::{Summary, TrainOptions};
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;color:#333;max-width:60em;margin:2em auto;padding:0 1em}\
                      h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}table{border-collapse:collapse}\
                      td,th{padding:.2em 1.2em .2em 0;text-align:left;border-bottom:1px solid #eee;vertical-align:top}\
-                     .best{font-weight:bold}svg{width:100%;height:auto}pre{background:#f7f7f7;padding:1em;overflow:auto}";
+                     h1,td{overflow-wrap:anywhere}td:first-child{white-space:nowrap}.best{font-weight:bold}\
+                     svg{width:100%;height:auto;margin-top:1.5em}pre{background:#f7f7f7;padding:1em;white-space:pre-wrap}";
 
 /// The page of a run that is over. `title`: what was trained.
 pub(in crate::train) fn html(
@@ -25,24 +26,36 @@ pub(in crate::train) fn html(
     );
     page += &table(&[], &facts(engine, summary), None);
     for curve in curves {
-        let _ = writeln!(page, "<h2>{}</h2>\n{}", escaped(curve.title()), curve.svg()?);
+        let _ = writeln!(page, "{}", curve.svg()?);
     }
     if !summary.evals.is_empty() {
         let number = |value: f64| format!("{value:.4}");
         let row = |e: &crate::train::EvalReport| {
-            let accuracy = e.eval_accuracy.map(number).unwrap_or_default();
-            vec![e.step.to_string(), number(e.eval_loss), accuracy]
+            let values = [Some(e.eval_loss), e.eval_accuracy].into_iter().flatten().map(number);
+            [e.step.to_string()].into_iter().chain(values).collect()
         };
         let rows: Vec<_> = summary.evals.iter().map(row).collect();
         let best = summary.best.and_then(|best| summary.evals.iter().position(|e| e.step == best.step));
         page += "<h2>Evaluations</h2>\n";
-        page += &table(&["after step", "loss", "accuracy"], &rows, best);
+        let accurate = summary.evals.iter().any(|e| e.eval_accuracy.is_some());
+        let header = ["after step", "loss", "accuracy"];
+        page += &table(&header[..if accurate { 3 } else { 2 }], &rows, best);
     }
     if !options.settings.is_empty() {
-        let _ = writeln!(page, "<h2>Settings</h2>\n<pre>{}</pre>", escaped(&options.settings));
+        page += &settings(&options.settings);
     }
     page += "</html>\n";
     Ok(page)
+}
+
+/// The settings, and behind a click the whole file: what is not set is there as remarks, many times as long as the rest.
+fn settings(file: &str) -> String {
+    let set: Vec<&str> = file.lines().filter(|line| !line.starts_with('#')).collect();
+    format!(
+        "<h2>Settings</h2>\n<pre>{}</pre>\n<details>\n<summary>All of train.toml</summary>\n<pre>{}</pre>\n</details>\n",
+        escaped(set.join("\n")),
+        escaped(file)
+    )
 }
 
 fn facts(engine: &str, summary: &Summary) -> Vec<Vec<String>> {
@@ -127,6 +140,14 @@ mod tests {
     fn what_is_no_markup_does_not_become_any() {
         assert_eq!(escaped("a<b> & \"c\""), "a&lt;b&gt; &amp; &quot;c&quot;");
         assert!(table(&["x"], &[vec!["<script>".into()]], Some(0)).contains("class=\"best\"><td>&lt;script&gt;"));
+    }
+
+    #[test]
+    fn what_is_set_is_seen_at_once() {
+        let page = settings("# blank: The class <none>\nlr = 0.1\n");
+        let (seen, folded) = page.split_once("<details>").unwrap();
+        assert!(seen.contains("<pre>lr = 0.1</pre>") && !seen.contains("blank"), "{seen}");
+        assert!(folded.contains("# blank: The class &lt;none&gt;\nlr = 0.1\n"), "{folded}");
     }
 
     #[test]
