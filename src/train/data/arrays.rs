@@ -8,8 +8,8 @@ use ndarray::{ArrayD, IxDyn, OwnedRepr};
 use ndarray_npy::{NpzReader, ReadNpyError, ReadNpzError, ReadableElement};
 use safetensors::{Dtype, SafeTensors};
 
-use super::Array;
 use super::room::{Room, Stored};
+use super::{Array, npz};
 use crate::onnx::external::map_file;
 use crate::onnx::{DataType, Element, Tensor};
 use crate::{Error, Result};
@@ -45,14 +45,20 @@ pub(super) fn safetensors(path: &Path, _: &Room) -> Result<Vec<(String, Array)>>
     Ok(arrays)
 }
 
-/// The arrays of a `.npz` file, compressed or not; one at a time is in memory as a whole.
+/// The arrays of a `.npz` file, compressed or not. Those that are too large for memory are read where they lie, if they lie
+/// there as they are; else one at a time is in memory as a whole.
 pub(super) fn npz(path: &Path, room: &Room) -> Result<Vec<(String, Array)>> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     let mut reader = NpzReader::new(BufReader::new(file))
         .map_err(|e| Error::file(path, format!("this is not a whole .npz file ({e})")))?;
     let names = reader.names().map_err(|e| Error::file(path, format!("its list of arrays cannot be read ({e})")))?;
+    let archive = map_file(path).map_err(Error::io("open", path))?;
     let mut arrays = Vec::new();
     for name in names {
+        if let Some(array) = npz::in_place(&archive, &name).filter(|array| !room.has(array.bytes.len())) {
+            arrays.push((name, array));
+            continue;
+        }
         let tensor = npy(&mut reader, &name).map_err(|what| Error::file(path, format!("array {name}: {what}")))?;
         let (data_type, dims) = (tensor.data_type(), tensor.dims().to_vec());
         arrays.push((name, Array { data_type, dims, bytes: room.keep(&tensor)? }));

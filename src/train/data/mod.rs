@@ -17,6 +17,7 @@ mod folder;
 mod image;
 mod jsonl;
 mod labels;
+mod npz;
 mod pack;
 mod plan;
 mod record;

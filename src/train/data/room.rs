@@ -43,13 +43,18 @@ impl Room {
         Ok(())
     }
 
+    /// Whether as many bytes may still stay in memory.
+    pub(super) fn has(&self, bytes: usize) -> bool {
+        bytes as u64 <= self.left.get()
+    }
+
     /// The elements of `tensor`.
     pub(super) fn keep(&self, tensor: &Tensor) -> Result<Stored> {
         let mut store = Store::default();
-        if tensor.byte_len() as u64 > self.left.get() {
-            tensor.write_bytes(store.file(self)?).map_err(|e| self.full(e))?;
-        } else {
+        if self.has(tensor.byte_len()) {
             store.tail = tensor.to_bytes();
+        } else {
+            tensor.write_bytes(store.file(self)?).map_err(|e| self.full(e))?;
         }
         store.finish(self)
     }
