@@ -7,6 +7,7 @@ use super::data::{ImageOptions, TextOptions};
 use super::graph::precision::Precision;
 use super::graph::teacher::Teacher;
 use super::loss::{Loss, Pooling};
+use super::prefix::CacheFrozen;
 use super::update::optimizer::Rule;
 use super::update::schedule::Shape;
 use crate::engine::LoadOptions;
@@ -85,6 +86,10 @@ pub struct TrainOptions {
     pub precision: Precision,
     /// Compute activations a second time on the way back instead of keeping them.
     pub recompute: bool,
+    /// Compute once for each row what is computed before the first layer that learns, and keep it on disk.
+    pub cache_frozen: CacheFrozen,
+    /// Bytes on disk that are not exceeded by it.
+    pub cache_limit: u64,
     /// Only say how much memory the run would take ([`super::Progress::planned`]).
     pub plan: bool,
     /// `None`: what the model is exported for, else 8 (transformers' default).
@@ -117,6 +122,9 @@ impl TrainOptions {
 
     /// Default of `data_memory`.
     pub const DATA_MEMORY: u64 = 1 << 30;
+
+    /// Default bound of the frozen part's cache.
+    pub const CACHE_LIMIT: u64 = 8 << 30;
 
     /// AdamW's defaults are torch's, but without weight decay.
     pub fn new(out: impl Into<PathBuf>, data: impl Into<PathBuf>, loss: Loss) -> Self {
@@ -153,6 +161,8 @@ impl TrainOptions {
             optimizer_on_device: None,
             precision: Precision::F32,
             recompute: false,
+            cache_frozen: CacheFrozen::Auto,
+            cache_limit: Self::CACHE_LIMIT,
             plan: false,
             batch_size: None,
             gradient_accumulation_steps: 1,

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::data::Batch;
 use super::graph::{LossModel, Parameter};
+use super::prefix::CachePlan;
 use super::update::optimizer::Rule;
 use crate::Result;
 use crate::onnx::shape::{Dim, Shapes};
@@ -33,6 +34,8 @@ pub struct MemoryPlan {
     pub recompute_saves: Option<u64>,
     /// Values whose size is not known before the run, which count for nothing here.
     pub unknown: usize,
+    /// What is computed once and kept. The memory is that of a step without it, which a run takes to check it.
+    pub cache: CachePlan,
 }
 
 /// What ONNX Runtime and this program take of a process's memory before any tensor (measured).

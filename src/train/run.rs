@@ -6,6 +6,7 @@ use super::best::Best;
 use super::data::{Batches, Feed};
 use super::goal::Goal;
 use super::graph::{LossModel, Parameter};
+use super::prefix::{FrozenPrefix, Steps};
 use super::record::checkpoint::{Checkpoints, Saved};
 use super::record::curve::Curve;
 use super::record::metrics::{self, MetricsFile};
@@ -18,7 +19,7 @@ use super::update::flat::Flat;
 use super::update::optimizer::{Group, Optimizer};
 use super::update::schedule::{self, Schedule};
 use super::update::step::{Learned, Place};
-use super::{Amount, Plan, Progress, Summary, TrainOptions, plan};
+use super::{Amount, MemoryPlan, Plan, Progress, Summary, TrainOptions, plan};
 use crate::engine::{Device, Engine};
 use crate::onnx::Model;
 use crate::{Error, Result};
@@ -35,27 +36,30 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
     let subject = Subject::of(model, options, engine)?;
     let goal = Goal::of(model, &subject.injection, options)?;
     let rows = goal.rows()?;
-    let feeds = goal.feeds(&rows)?;
+    let mut feeds = goal.feeds(&rows)?;
     let mut checkpoints = Checkpoints::new(model, options, engine);
     let resumed = checkpoints.resume(options.resume, &mut |what| progress.warned(what))?;
     let dropout = subject.drops_out.then_some(options.seed);
     let mut training = goal.loss_model(model, &subject, &feeds, dropout)?;
+    let prefix = FrozenPrefix::find(&training, &feeds, options, engine)?;
     if options.plan {
         let rows: Vec<usize> = (0..feeds.batch_size.min(feeds.train.rows())).collect();
         let batch = feeds.train.batch(&rows)?;
-        progress.planned(&plan::plan(&mut training, &subject.parameters, batch, options.optimizer)?);
+        let plan = plan::plan(&mut training, &subject.parameters, batch, options.optimizer)?;
+        progress.planned(&MemoryPlan { cache: prefix.plan, ..plan });
         return Ok(Summary::planned(options));
     }
     training.skip_runs(resumed.as_ref().map_or(0, Saved::runs));
-    let place = place(&training, &subject.parameters, options, engine)?;
-    let eval = match &feeds.eval {
+    let mut evaluated = match &feeds.eval {
         // Nothing drops out in an evaluation.
-        Some(_) if subject.drops_out => {
-            Some(goal.loss_model(model, &subject, &feeds, None)?.forward(engine, &options.load)?)
-        }
-        Some(_) => Some(training.forward(engine, &options.load)?),
-        None => None,
+        Some(_) if subject.drops_out => Some(goal.loss_model(model, &subject, &feeds, None)?),
+        _ => None,
     };
+    let steps = Steps { parameters: &subject.parameters, options, engine };
+    let cache = prefix.fill((&mut training, &mut evaluated), &mut feeds, steps, progress)?;
+    let place = place(&training, &subject.parameters, options, engine)?;
+    let evaluated = evaluated.as_ref().unwrap_or(&training);
+    let eval = feeds.eval.as_ref().map(|_| evaluated.forward(engine, &options.load)).transpose()?;
     drop(training);
 
     std::fs::create_dir_all(&options.out).map_err(Error::io("create", &options.out))?;
@@ -87,6 +91,7 @@ pub fn run(model: &Model, options: &TrainOptions, engine: &dyn Engine, progress:
         output: goal.output.name.clone(),
         trainable,
         frozen: subject.frozen,
+        cache,
     });
     let begun = Instant::now();
     let (metrics, events) = (options.out.join(metrics::FILE), options.out.join(tensorboard::FILE));

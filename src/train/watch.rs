@@ -5,12 +5,15 @@ use std::path::PathBuf;
 use super::data::{Batch, Packed};
 use super::options::TrainOptions;
 use super::plan::MemoryPlan;
+use super::prefix::CachePlan;
 use super::record::metrics::{EvalReport, StepReport};
 
 /// Watches a run. The library itself prints nothing.
 pub trait Progress {
     /// What memory the run would take, where nothing but that was asked for.
     fn planned(&mut self, _memory: &MemoryPlan) {}
+    /// What is frozen is computed once and kept: of so many rows, so many are done.
+    fn caching(&mut self, _done: usize, _of: usize) {}
     /// Everything was checked and loaded; the first step comes next.
     fn started(&mut self, _plan: &Plan) {}
     /// A step begins, with so much data.
@@ -72,6 +75,8 @@ pub struct Plan {
     pub trainable: usize,
     /// Parameters that lie before the node where the gradients end, and stay as they are.
     pub frozen: Vec<String>,
+    /// What is computed once and kept.
+    pub cache: CachePlan,
 }
 
 /// What a run did.

@@ -120,3 +120,29 @@ fn the_plan_is_within_half_of_what_a_run_takes() {
         assert!((0.67..=1.5).contains(&(planned / real)), "{name}: planned {planned}, took {real}: {said}");
     }
 }
+
+#[test]
+fn the_plan_tells_what_is_computed_once_or_why_nothing_is() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path();
+    let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/digits");
+    std::fs::copy(digits.join("train.safetensors"), path.join("data.safetensors")).expect("a copy");
+    let base = digits.join("digits.onnx");
+    let base = base.to_str().expect("a path");
+    done(&["inject", base, "-o", "injected.onnx", "--target-modules", "fc2", "--r", "4"], path);
+    let args = "train injected.onnx -o run --data data.safetensors --loss cross-entropy --engine tract --plan";
+    let args: Vec<&str> = args.split(' ').collect();
+    let planned = |more: &[&str]| -> Value {
+        let said = done(&[&args[..], more, &["--json"]].concat(), path);
+        serde_json::from_str::<Value>(&said).expect("JSON")["cache"].clone()
+    };
+    let kept = planned(&["--cache-frozen", "on"]);
+    assert_eq!((kept["why_not"].is_null(), kept["bytes"].as_u64()), (true, Some(400 * 64 * 4)), "{kept}");
+    assert_eq!(kept["values"].as_array().map(Vec::len), Some(1), "{kept}");
+    let why = planned(&[])["why_not"].to_string();
+    assert!(why.contains("too little"), "{why}");
+    let said = done(&[&args[..], &["--cache-frozen", "on"]].concat(), path);
+    assert!(said.contains("frozen part: computed once for each row, 102.4 kB on disk; spares about"), "{said}");
+    let said = done(&[&args[..], &["--epochs", "1"]].concat(), path);
+    assert!(said.contains("frozen part: not kept; each row is seen once"), "{said}");
+}

@@ -163,6 +163,34 @@ fn a_run_killed_ten_times_ends_with_the_bits_of_one_left_alone() {
     same(&path, "alone", "killed");
 }
 
+/// The first layer is frozen, and what it gives is computed once.
+const KEPT: &str = "--freeze-until /fc1/Gemm --cache-frozen on";
+
+#[test]
+fn a_run_that_keeps_its_frozen_part_is_killed_and_goes_on_to_the_same_bits() {
+    let (_dir, path) = digits();
+    let said = finished(&path, "alone", &format!("{KEPT} --save-steps 1000"));
+    // 64 floats for each of 400 and 397 rows.
+    assert!(said.contains("frozen part: computed once for each row, 204.0 kB on disk"), "{said}");
+    killed(&path, "killed", KEPT, 4);
+    same(&path, "alone", "killed");
+    failed(&path, "killed", "--freeze-until /fc1/Gemm --resume", &["cache-frozen was On and is Auto now"]);
+}
+
+#[test]
+fn a_frozen_part_that_the_disk_has_no_room_for_is_told() {
+    let (_dir, path) = digits();
+    let words = command(&path, "out", KEPT);
+    let words: Vec<&str> = words.get_args().map(|word| word.to_str().expect("text")).collect();
+    let script = format!("trap '' XFSZ; ulimit -f 40; exec {BINARY} {}", words.join(" "));
+    let output = Command::new("sh").args(["-c", &script]).current_dir(&path).output().expect("a run");
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("cache-frozen on: the cache of the frozen part: cannot write"), "{stderr}");
+    let left = std::fs::read_dir(path.join("out")).expect("a directory").count();
+    assert_eq!(left, 0, "{stderr}");
+}
+
 #[test]
 fn every_optimizer_and_the_best_values_go_on_to_the_same_bits() {
     for (rule, more) in [

@@ -9,6 +9,7 @@ mod goldens;
 mod models;
 mod pairs;
 mod precision;
+mod prefix;
 mod quantized;
 mod resume;
 mod runs;

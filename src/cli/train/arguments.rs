@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::cli::data::DataArgs;
 use crate::cli::engine::EngineArgs;
 use crate::train::schedule::Shape;
-use crate::train::{Distance, Loss, Metric, Precision, TrainOptions};
+use crate::train::{CacheFrozen, Distance, Loss, Metric, Precision, TrainOptions};
 
 /// Train an injected model's adapters (and head) on your data
 #[derive(clap::Args)]
@@ -206,6 +206,15 @@ pub struct Arguments {
     /// Compute activations a second time on the way back instead of keeping them: less memory, up to a third more time
     #[arg(long, visible_alias = "gradient-checkpointing")]
     pub recompute: bool,
+
+    /// Compute once for each row what comes before the first layer that learns, keep it on disk (in the output directory,
+    /// until the run ends) and read it in every epoch: auto (where that pays), on or off
+    #[arg(long, value_name = "auto|on|off", default_value = "auto")]
+    pub cache_frozen: CacheFrozen,
+
+    /// MiB on disk that --cache-frozen may take
+    #[arg(long, value_name = "MIB", default_value_t = TrainOptions::CACHE_LIMIT >> 20)]
+    pub cache_limit: u64,
 
     /// Say how much memory the run would take, by the sizes of its first batch, and do not train
     #[arg(long)]

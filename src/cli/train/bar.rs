@@ -8,7 +8,7 @@ use indicatif::ProgressBar;
 use super::print::{eval_text, rates};
 use crate::cli::printer::Printer;
 use crate::train::data::Packed;
-use crate::train::{Amount, EvalReport, MemoryPlan, Plan, Progress, StepReport};
+use crate::train::{Amount, CachePlan, EvalReport, MemoryPlan, Plan, Progress, StepReport, size};
 
 /// A run's progress on stderr: steps, loss, time left.
 pub struct Bar<'a> {
@@ -64,10 +64,23 @@ impl Progress for Bar<'_> {
             if memory.unknown > 0 {
                 p.line(&format!("{} values whose size is not known beforehand count for nothing", memory.unknown));
             }
+            p.line(&match &memory.cache.why_not {
+                Some(why) => format!("frozen part: not kept; {why}"),
+                None => format!("frozen part: {}", kept(&memory.cache)),
+            });
         });
     }
 
+    fn caching(&mut self, done: usize, of: usize) {
+        if done == 0 {
+            self.bar = self.printer.bar(of as u64);
+            self.bar.set_message("rows of the frozen part");
+        }
+        self.bar.set_position(done as u64);
+    }
+
     fn started(&mut self, plan: &Plan) {
+        self.bar.finish_and_clear();
         let packed = [("training data", plan.packed), ("evaluation data", plan.eval_packed)];
         for (data, Packed { texts, rows, length, left_out }) in
             packed.into_iter().filter_map(|(data, packed)| Some((data, packed?)))
@@ -82,6 +95,9 @@ impl Progress for Bar<'_> {
         ));
         if !plan.frozen.is_empty() {
             self.printer.say(format!("{} frozen: {}", plan.frozen.len(), plan.frozen.join(", ")));
+        }
+        if plan.cache.why_not.is_none() {
+            self.printer.say(format!("frozen part: {}", kept(&plan.cache)));
         }
         if plan.steps_taken > 0 {
             self.printer.say(format!("going on after step {}", plan.steps_taken));
@@ -115,6 +131,12 @@ impl Progress for Bar<'_> {
             self.bar.suspend(|| self.printer.say(eval_text(report)));
         }
     }
+}
+
+/// What is computed once.
+fn kept(cache: &CachePlan) -> String {
+    let (bytes, spares) = (size(cache.bytes), cache.spares_percent);
+    format!("computed once for each row, {bytes} on disk; spares about {spares} % of the work")
 }
 
 impl Drop for Bar<'_> {

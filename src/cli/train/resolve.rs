@@ -146,6 +146,8 @@ impl Arguments {
             optimizer_on_device: self.optimizer_on_device,
             precision: self.precision,
             recompute: self.recompute,
+            cache_frozen: self.cache_frozen,
+            cache_limit: self.cache_limit.saturating_mul(1 << 20),
             plan: self.plan,
             batch_size: self.batch_size,
             gradient_accumulation_steps: self.gradient_accumulation_steps,

@@ -150,6 +150,23 @@ impl Column {
         }
     }
 
+    /// Shape of row `at` where it is not padded to others; `None`: one number for all rows.
+    pub fn row_shape(&self, at: usize) -> Result<Option<Vec<usize>>, String> {
+        if let Column::Single(_) = self {
+            return Ok(None);
+        }
+        let length = self.length(at)?.unwrap_or(0);
+        Ok(Some(self.row_dims().into_iter().map(|axis| axis.unwrap_or(length)).collect()))
+    }
+
+    /// Whether shorter rows are padded before their beginning; `None` where there are none.
+    pub fn pads_left(&self) -> Option<bool> {
+        match self {
+            Column::Ragged(ragged) if ragged.padding.length.is_none() => Some(ragged.padding.left),
+            _ => None,
+        }
+    }
+
     /// The given rows as one tensor of `data_type`, which is the column's own type or a wider integer one.
     pub fn gather(&self, rows: &[usize], data_type: DataType) -> Result<Tensor, String> {
         let tensor = match self {

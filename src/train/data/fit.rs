@@ -8,6 +8,7 @@ use super::text::Part;
 use super::{Dataset, LabelKind, Packed};
 use crate::onnx::proto::tensor_shape_proto::dimension::Value as DimValue;
 use crate::onnx::{DataType, GraphProto, Tensor, ValueInfoProto, data_type_name, value_info};
+use crate::train::prefix::Cache;
 use crate::{Error, Result, did_you_mean};
 
 /// Labels of this value are left out of a cross-entropy (PyTorch's `ignore_index`).
@@ -128,6 +129,8 @@ pub struct Feed<'a> {
     dataset: &'a Dataset,
     inputs: Vec<(&'a str, &'a Column, DataType)>,
     targets: Vec<(Field, &'a Column)>,
+    /// What stands for the frozen part of the model, and for the inputs that nothing else reads.
+    cache: Option<Cache>,
 }
 
 /// One batch: a tensor for each of the model's inputs, by name, and for each column that the loss reads.
@@ -225,7 +228,7 @@ impl<'a> Feed<'a> {
             }
             read.push((field, column));
         }
-        Ok(Self { dataset, inputs: bound, targets: read })
+        Ok(Self { dataset, inputs: bound, targets: read, cache: None })
     }
 
     /// Number of samples.
@@ -300,23 +303,73 @@ impl<'a> Feed<'a> {
         }
     }
 
+    /// Has batches go with a model whose frozen part is in `cache`; `None`: with the whole model.
+    pub(in crate::train) fn keep(&mut self, cache: Option<Cache>) {
+        self.cache = cache;
+    }
+
+    /// Rows of the inputs: one for each role of each sample.
+    pub(in crate::train) fn input_rows(&self) -> usize {
+        self.rows() * self.roles()
+    }
+
+    pub(in crate::train) fn input_names(&self) -> impl Iterator<Item = &str> {
+        self.inputs.iter().map(|(name, ..)| *name)
+    }
+
+    /// Shape of a row of each input, where it is not padded to others; `None`: one number for all rows.
+    pub(in crate::train) fn row_shape(&self, number: usize) -> Result<Vec<Option<Vec<usize>>>> {
+        let shapes =
+            self.inputs.iter().map(|(name, column, _)| column.row_shape(number).map_err(|e| self.bad(name, e)));
+        shapes.collect()
+    }
+
+    /// Whether shorter rows are padded before their beginning; `None` inside where inputs differ in that, outside where all
+    /// rows are alike.
+    pub(in crate::train) fn pads_left(&self) -> Option<Option<bool>> {
+        let mut sides = self.inputs.iter().filter_map(|(_, column, _)| column.pads_left());
+        let first = sides.next()?;
+        Some(sides.all(|side| side == first).then_some(first))
+    }
+
+    /// The rows of the inputs that the given samples are made of: one role below the other.
+    pub(in crate::train) fn input_numbers(&self, rows: &[usize]) -> Vec<usize> {
+        let roles = self.roles();
+        (0..roles).flat_map(|role| rows.iter().map(move |row| row * roles + role)).collect()
+    }
+
+    /// Those inputs that are `wanted`, with the rows of these numbers.
+    pub(in crate::train) fn inputs(
+        &self,
+        numbers: &[usize],
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<Vec<(String, Tensor)>> {
+        let inputs = self.inputs.iter().filter(|(name, ..)| wanted(name));
+        inputs
+            .map(|(name, column, data_type)| Ok((name.to_string(), self.gather(name, column, numbers, *data_type)?)))
+            .collect()
+    }
+
+    fn gather(&self, name: &str, column: &Column, rows: &[usize], data_type: DataType) -> Result<Tensor> {
+        column.gather(rows, data_type).map_err(|what| self.bad(name, what))
+    }
+
+    fn bad(&self, name: &str, what: String) -> Error {
+        Error::data(format!("{}: array {name}: {what}", self.dataset.path.display()))
+    }
+
     /// The given rows.
     pub fn batch(&self, rows: &[usize]) -> Result<Batch> {
-        let gather = |name: &str, column: &Column, rows: &[usize], data_type: Option<DataType>| {
-            column
-                .gather(rows, data_type.unwrap_or(column.data_type()))
-                .map_err(|what| Error::data(format!("{}: array {name}: {what}", self.dataset.path.display())))
+        let numbers = self.input_numbers(rows);
+        let mut inputs = self.inputs(&numbers, |name| self.cache.as_ref().is_none_or(|cache| cache.reads(name)))?;
+        if let Some(cache) = &self.cache {
+            inputs.extend(cache.batch(&numbers)?);
+        }
+        let target = |(field, column): &(Field, &Column)| {
+            self.gather(&field.name, column, rows, field.data_type.unwrap_or(column.data_type()))
         };
-        // One role below the other.
-        let roles = self.roles();
-        let stacked: Vec<usize> = (0..roles).flat_map(|role| rows.iter().map(move |row| row * roles + role)).collect();
-        let inputs = self
-            .inputs
-            .iter()
-            .map(|(name, column, data_type)| Ok((name.to_string(), gather(name, column, &stacked, Some(*data_type))?)))
-            .collect::<Result<_>>()?;
-        let targets = self.targets.iter().map(|(field, column)| gather(&field.name, column, rows, field.data_type));
-        Ok(Batch { inputs, targets: targets.collect::<Result<_>>()?, samples: rows.len() })
+        let targets = self.targets.iter().map(target).collect::<Result<_>>()?;
+        Ok(Batch { inputs, targets, samples: rows.len() })
     }
 }
 

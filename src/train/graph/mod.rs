@@ -6,6 +6,7 @@ pub(super) mod merge;
 pub(super) mod precision;
 mod recompute;
 pub mod scale;
+mod split;
 pub(super) mod teacher;
 
 use std::collections::{BTreeMap, HashSet};
@@ -122,6 +123,7 @@ impl<'a> Task<'a> {
 }
 
 /// A loss over a model whose parameters are inputs, ready to be loaded with or without gradients.
+#[derive(Clone)]
 pub struct LossModel {
     /// In training form (`form.rs`).
     model: ModelProto,
