@@ -34,5 +34,6 @@ pub mod train;
 pub mod unload;
 pub mod verify;
 pub mod weights;
+mod words;
 
 pub use error::{Error, Result, did_you_mean};

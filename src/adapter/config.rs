@@ -3,12 +3,11 @@
 //! ignores): `packed_sizes`.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::words::words;
 use crate::{Error, Result, did_you_mean};
 
 /// `target_modules` and `exclude_modules`: a list of names, or one string (a full-match regex, or `all-linear`).
@@ -38,37 +37,21 @@ impl TargetModules {
     }
 }
 
-/// A field with a fixed set of words: the type, its words, and how flags and files spell them.
-macro_rules! words {
-    ($(#[$doc:meta])* $name:ident, $field:literal, $default:ident { $($(#[$about:meta])* $variant:ident = $($word:literal)|+),+ $(,)? }) => {
+/// A field of PEFT's files with a fixed set of words.
+macro_rules! field {
+    ($(#[$doc:meta])* $name:ident, $field:literal, $default:ident {
+        $($(#[$about:meta])* $variant:ident = $first:literal $(| $more:literal)*),+ $(,)?
+    }) => {
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
         #[serde(try_from = "String", into = "String")]
         pub enum $name { $($(#[$about])* $variant),+ }
 
-        impl $name {
-            /// The words that stand for it, the first of each variant being the one that is written.
-            pub const WORDS: &[&str] = &[$($($word),+),+];
-        }
+        words!($name, $field { $($variant = $first $(| $more)*),+ });
 
         impl Default for $name {
             fn default() -> Self {
                 Self::$default
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str(match self { $(Self::$variant => words!(@first $($word)+)),+ })
-            }
-        }
-
-        impl FromStr for $name {
-            type Err = String;
-
-            fn from_str(text: &str) -> std::result::Result<Self, String> {
-                $($(if text.eq_ignore_ascii_case($word) { return Ok(Self::$variant); })+)+
-                Err(format!("{} is {text:?}; allowed are {}", $field, Self::WORDS.join(", ")))
             }
         }
 
@@ -86,10 +69,9 @@ macro_rules! words {
             }
         }
     };
-    (@first $word:literal $($rest:literal)*) => { $word };
 }
 
-words! {
+field! {
     /// Whose names an adapter goes by: PEFT renamed Bone to MiSS in 0.17 and dropped the old name in 0.19.
     PeftType, "peft_type", Miss {
         /// Parameters are called `miss_block`; PEFT from 0.17 reads it.
@@ -99,7 +81,7 @@ words! {
     }
 }
 
-words! {
+field! {
     /// How a block starts and which variant it is (PEFT's `init_weights`).
     InitWeights, "init_weights", Zeros {
         /// Bone (MiSS), zeros: a fresh adapter changes nothing.
@@ -113,7 +95,7 @@ words! {
     }
 }
 
-words! {
+field! {
     /// Which biases train beside the blocks.
     Bias, "bias", None {
         None = "none",
@@ -124,7 +106,7 @@ words! {
     }
 }
 
-words! {
+field! {
     /// What the model is for; it decides which output layers train in full.
     TaskType, "task_type", CausalLm {
         SeqCls = "SEQ_CLS",

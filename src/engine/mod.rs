@@ -17,7 +17,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::onnx::{ModelProto, Tensor};
-use crate::{Error, Result, did_you_mean};
+use crate::words::words;
+use crate::{Error, Result};
 
 pub use discover::{Library, Places};
 pub use doctor::{Check, Doctor, doctor};
@@ -99,21 +100,7 @@ pub enum EngineKind {
     Tract,
 }
 
-impl FromStr for EngineKind {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "onnxruntime" | "ort" => Ok(Self::OnnxRuntime),
-            "tract" => Ok(Self::Tract),
-            other => Err(Error::config(format!(
-                "engine {other:?} is unknown; there are auto, onnxruntime (or ort) and tract.{}",
-                did_you_mean(other, ["auto", "onnxruntime", "tract"])
-            ))),
-        }
-    }
-}
+words!(EngineKind, "engine" { Auto = "auto", OnnxRuntime = "onnxruntime" | "ort", Tract = "tract" });
 
 /// Where a model runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -167,18 +154,11 @@ pub enum ArenaStrategy {
     None,
 }
 
-impl FromStr for ArenaStrategy {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "next-power-of-two" => Ok(Self::NextPowerOfTwo),
-            "same-as-requested" => Ok(Self::SameAsRequested),
-            "none" => Ok(Self::None),
-            _ => Err(format!("arena strategy is {text:?}; use next-power-of-two, same-as-requested or none")),
-        }
-    }
-}
+words!(ArenaStrategy, "arena strategy" {
+    NextPowerOfTwo = "next-power-of-two",
+    SameAsRequested = "same-as-requested",
+    None = "none",
+});
 
 impl Arena {
     /// Fails on what `device` has not.

@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io::Write;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -30,19 +29,6 @@ pub enum QuantizedFold {
     Requantize,
     /// The merged weight is stored in floating point, and an ordinary product reads it.
     Dequantize,
-}
-
-impl FromStr for QuantizedFold {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "keep" => Ok(Self::Keep),
-            "requantize" => Ok(Self::Requantize),
-            "dequantize" => Ok(Self::Dequantize),
-            _ => Err(format!("{text:?} is none of keep, requantize and dequantize")),
-        }
-    }
 }
 
 /// A layer that was quantised again.

@@ -1,12 +1,10 @@
 //! PEFT's rules for which module paths a config means (`check_target_module_exists` in `peft/tuners/tuners_utils.py`,
 //! 0.16.0 and 0.21.2).
 
-use std::fmt;
-use std::str::FromStr;
-
 use fancy_regex::Regex;
 
 use crate::adapter::{BoneConfig, PeftType, TargetModules};
+use crate::words::words;
 use crate::{Error, Result};
 
 /// Whose reading of `layers_to_transform`.
@@ -29,24 +27,7 @@ impl Version {
     }
 }
 
-impl fmt::Display for Version {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Self::Peft016 => "0.16",
-            Self::Peft021 => "0.21",
-        })
-    }
-}
-
-impl FromStr for Version {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        [Self::Peft016, Self::Peft021].into_iter().find(|version| version.to_string() == text).ok_or_else(|| {
-            format!("{text:?} is no set of matching rules; allowed are 0.16 (PEFT up to 0.20) and 0.21 (from 0.21)")
-        })
-    }
-}
+words!(Version, "set of matching rules (0.16: PEFT up to 0.20; 0.21: from 0.21)" { Peft016 = "0.16", Peft021 = "0.21" });
 
 /// The answer for one path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

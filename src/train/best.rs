@@ -1,10 +1,9 @@
 //! Which evaluation was the best, and when there is no use in going on: transformers' `load_best_model_at_end` and
 //! `EarlyStoppingCallback` (4.57).
 
-use std::str::FromStr;
-
 use super::graph::Parameter;
 use super::record::metrics::EvalReport;
+use crate::words::words;
 
 /// What evaluations are compared by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -16,15 +15,13 @@ pub enum Metric {
     EvalAccuracy,
 }
 
-impl Metric {
-    /// Its name in `metrics.jsonl`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::EvalLoss => "eval_loss",
-            Self::EvalAccuracy => "eval_accuracy",
-        }
-    }
+// The names in `metrics.jsonl`.
+words!(Metric, "metric-for-best-model" {
+    EvalLoss = "eval_loss" | "eval-loss" | "loss",
+    EvalAccuracy = "eval_accuracy" | "eval-accuracy" | "accuracy",
+});
 
+impl Metric {
     /// Its value in a report; NaN where it has none.
     pub fn of(self, report: &EvalReport) -> f64 {
         match self {
@@ -38,18 +35,6 @@ impl Metric {
         match self {
             Self::EvalLoss => before - now,
             Self::EvalAccuracy => now - before,
-        }
-    }
-}
-
-impl FromStr for Metric {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.replace('-', "_").as_str() {
-            "eval_loss" | "loss" => Ok(Self::EvalLoss),
-            "eval_accuracy" | "accuracy" => Ok(Self::EvalAccuracy),
-            _ => Err(format!("metric-for-best-model is {text:?}; use eval_loss or eval_accuracy")),
         }
     }
 }

@@ -7,7 +7,6 @@
 //! subgraphs (a branch, a loop) is float32 with all that is in it: what it reads by name from outside is there in float32.
 
 use std::collections::{HashMap, HashSet};
-use std::str::FromStr;
 
 use half::{bf16, f16};
 
@@ -15,6 +14,7 @@ use crate::autodiff::inputs;
 use crate::inject::emission::{TILED_GEMM, TILED_MATMUL};
 use crate::onnx::shape::Shapes;
 use crate::onnx::{AttributeProto, DataType, ModelProto, Names, NodeProto, Tensor, TensorProto, node};
+use crate::words::words;
 use crate::{Error, Result};
 
 /// What a float32 model computes in while it trains.
@@ -27,19 +27,12 @@ pub enum Precision {
     Bf16,
 }
 
-impl FromStr for Precision {
-    type Err = String;
-
-    /// The names of torch and of transformers' flags are understood, too.
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "f32" | "float32" | "fp32" => Ok(Self::F32),
-            "f16" | "float16" | "fp16" => Ok(Self::F16),
-            "bf16" | "bfloat16" => Ok(Self::Bf16),
-            _ => Err(format!("precision is {text:?}; use f32, f16 or bf16")),
-        }
-    }
-}
+// The names of torch and of transformers' flags are understood, too.
+words!(Precision, "precision" {
+    F32 = "f32" | "float32" | "fp32",
+    F16 = "f16" | "float16" | "fp16",
+    Bf16 = "bf16" | "bfloat16",
+});
 
 impl Precision {
     fn half(self) -> Option<DataType> {
@@ -57,7 +50,7 @@ impl Precision {
             (half, Error::Engine { engine: name, what }) => Error::Engine {
                 engine: name,
                 what: format!(
-                    "{what}. With precision {half:?} the model needs operators that {engine} may lack: a CPU has few \
+                    "{what}. With precision {half} the model needs operators that {engine} may lack: a CPU has few \
                      in float16 and hardly any in bfloat16; use --device cuda, or --precision f32"
                 ),
             },

@@ -17,6 +17,7 @@ use std::str::FromStr;
 
 use super::data::{Batch, Field, IGNORE, LabelKind, Roles, Target};
 use crate::onnx::{DataType, ModelProto, Names, Tensor, node, value_info};
+use crate::words::unknown;
 use crate::{Error, Result};
 use nodes::Nodes;
 pub(super) use own::OwnLoss;
@@ -84,10 +85,7 @@ impl FromStr for Loss {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let found = NAMES.iter().find(|(name, _)| *name == text);
-        found.map(|(_, loss)| *loss).ok_or_else(|| {
-            let names = NAMES.map(|(name, _)| name);
-            format!("loss is {text:?}; use one of {}", names.join(", "))
-        })
+        found.map(|(_, loss)| *loss).ok_or_else(|| unknown("loss", text, &NAMES.map(|(name, _)| name)))
     }
 }
 

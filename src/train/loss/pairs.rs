@@ -1,9 +1,8 @@
 //! Losses that hold the rows of an output against each other: anchors, what belongs to them, what does not.
 
-use std::str::FromStr;
-
 use super::super::data::Field;
 use super::nodes::Nodes;
+use crate::words::words;
 use crate::{Error, Result};
 
 /// How far two vectors are from each other.
@@ -17,18 +16,7 @@ pub enum Distance {
     Cosine,
 }
 
-impl FromStr for Distance {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "euclidean" => Ok(Self::Euclidean),
-            "manhattan" => Ok(Self::Manhattan),
-            "cosine" => Ok(Self::Cosine),
-            _ => Err(format!("distance is {text:?}; use euclidean, manhattan or cosine")),
-        }
-    }
-}
+words!(Distance, "distance" { Euclidean = "euclidean", Manhattan = "manhattan", Cosine = "cosine" });
 
 /// Squares of lengths below this count as this (PyTorch's `normalize`), so that a row of zeros has a gradient: none.
 const LEAST_SQUARE: f64 = 1e-24;

@@ -117,7 +117,7 @@ pub(in crate::train) fn settings(model: &Model, options: &TrainOptions, engine: 
         ("image-mean", format!("{image_mean:?}")),
         ("image-std", format!("{image_std:?}")),
         ("eval-strategy", format!("{eval_strategy:?}")),
-        ("metric-for-best-model", metric_for_best_model.name().into()),
+        ("metric-for-best-model", metric_for_best_model.to_string()),
         ("load-best-model-at-end", load_best_model_at_end.to_string()),
         ("early-stopping-patience", number(early_stopping_patience)),
         ("early-stopping-threshold", early_stopping_threshold.to_string()),

@@ -4,6 +4,8 @@
 use std::f64::consts::PI;
 use std::str::FromStr;
 
+use crate::words::unknown;
+
 /// The shape of the learning rate after warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Shape {
@@ -19,6 +21,9 @@ pub enum Shape {
     Polynomial { power: f64, lr_end: f64 },
 }
 
+/// What they are called.
+const SHAPES: [&str; 5] = ["constant", "linear", "cosine", "cosine-with-restarts", "polynomial"];
+
 impl FromStr for Shape {
     type Err = String;
 
@@ -30,7 +35,7 @@ impl FromStr for Shape {
             "cosine" => Ok(Self::Cosine),
             "cosine-with-restarts" | "cosine_with_restarts" => Ok(Self::CosineWithRestarts { cycles: 1 }),
             "polynomial" => Ok(Self::Polynomial { power: 1.0, lr_end: 1e-7 }),
-            _ => Err(format!("schedule is {text:?}; use constant, linear, cosine, cosine-with-restarts or polynomial")),
+            _ => Err(unknown("schedule", text, &SHAPES)),
         }
     }
 }
