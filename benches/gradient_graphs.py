@@ -22,6 +22,10 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(ROOT / "scripts"))
+import program  # noqa: E402
+
 PACKAGES = ["numpy==2.2.6", "onnx==1.23.2", "onnxruntime==1.31.1", "onnx-ad==0.3.0"]
 AGREE = 1e-4
 
@@ -163,7 +167,7 @@ def compare(name, make, binary, rounds, threads, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--binary", type=Path, default=ROOT / "target" / "release" / "bone-onnx", help="%(default)s")
+    program.add_bin(parser)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout and nothing else there")
@@ -175,7 +179,7 @@ def main():
         os.execv(python, [python, __file__, *sys.argv[1:]])
     with tempfile.TemporaryDirectory() as folder:
         rows = [
-            compare(name, make, args.binary.resolve(), args.rounds, args.threads, Path(folder))
+            compare(name, make, program.found(args.bin), args.rounds, args.threads, Path(folder))
             for name, make in [("8 × (768 × 768) MLP, 128 rows", mlp), ("3-layer MiniLM, 8 × 64", minilm)]
         ]
     if args.json:

@@ -19,7 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import whole_process as bench
+import whole_process as bench  # and with it the path to program
+import program
 from whole_process import ROOT, block, megabytes, node, number, say, varint
 
 RANK = 64
@@ -207,7 +208,7 @@ def check(home, size, external):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bin", type=Path, default=ROOT / "target/release/bone-onnx", help="the bone-onnx binary")
+    program.add_bin(parser)
     parser.add_argument("--dir", type=Path, default=ROOT / "target/large_models", help="for 30 GB of files; a disk, not tmpfs")
     parser.add_argument("--runs", type=int, default=3, help="timed rounds after one to warm up (default 3)")
     parser.add_argument("--only", choices=["external", "single"], help="one of the two models")
@@ -217,9 +218,7 @@ def main():
     args = parser.parse_args()
     if args.runs < 1:
         parser.error("--runs must be 1 or more")
-    args.bin, args.dir = args.bin.absolute(), args.dir.absolute()
-    if not args.bin.is_file():
-        sys.exit(f"large_models: no {args.bin}: cargo build --release, or --bin")
+    args.bin, args.dir = program.found(args.bin), args.dir.absolute()
     args.venv = None if args.no_rivals else args.dir / "venv"
     rows = []
     if args.only != "single":

@@ -23,6 +23,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(ROOT / "scripts"))
+import program  # noqa: E402
+
 LAYERS, WIDTH, RANK = 30, 2048, 64  # 30 × 2048 × 2048 × 4 bytes = 503 MB
 TITLE = "## Whole commands on a 500 MB model (`benches/whole_process.py`)"
 BEGIN, END = "<!-- whole_process: begin -->", "<!-- whole_process: end -->"
@@ -233,7 +237,7 @@ def say(line):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bin", type=Path, default=ROOT / "target/release/bone-onnx", help="the bone-onnx binary")
+    program.add_bin(parser)
     parser.add_argument("--dir", type=Path, default=ROOT / "target/whole_process", help="for 2.5 GB of files; a disk, not tmpfs")
     parser.add_argument("--runs", type=int, default=9, help="timed rounds after one to warm up (default 9)")
     parser.add_argument("--keep", action="store_true", help="keep the models")
@@ -241,9 +245,7 @@ def main():
     args = parser.parse_args()
     if args.runs < 1:
         parser.error("--runs must be 1 or more")
-    args.bin, args.dir = args.bin.absolute(), args.dir.absolute()
-    if not args.bin.is_file():
-        sys.exit(f"whole_process: no {args.bin}: cargo build --release, or --bin")
+    args.bin, args.dir = program.found(args.bin), args.dir.absolute()
     rows = measure(args)
     print("\n".join([HEADER, *rows]))
     if not args.no_write:

@@ -35,6 +35,10 @@ import time
 from array import array
 from pathlib import Path
 
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import program  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- gpu_checks: begin -->", "<!-- gpu_checks: end -->"
 RANK, LR, WARM = 16, 1e-3, 5  # WARM: steps that no time is taken of
@@ -391,6 +395,7 @@ class Bench:
             self.env["LD_LIBRARY_PATH"] = ":".join([*libraries, self.env.get("LD_LIBRARY_PATH", "")]).rstrip(":")
         if args.parts:
             self.unpack(args.parts)
+        args.bin = program.found(args.bin)
         if args.ort:
             self.env["ORT_DYLIB_PATH"] = str(args.ort.resolve())
 
@@ -608,7 +613,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="tiny models on the CPU: a test of this script")
     parser.add_argument("--only", default=",".join(CHECKS), help=f"comma-separated, of {', '.join(CHECKS)}")
-    parser.add_argument("--bin", type=Path, default=ROOT / "target/release/bone-onnx")
+    program.add_bin(parser)
     parser.add_argument("--ort", type=Path, help="libonnxruntime.so.* of onnxruntime-gpu [default: as bone-onnx finds it]")
     parser.add_argument("--parts", type=Path, help="directory with part-* of the packed provider and bone-onnx.xz")
     parser.add_argument("--work", type=Path, default=ROOT / "target/gpu_checks", help="directory for models, runs and results")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks bone-onnx against others' tools: the real peft, and stock ONNX Runtime for Python.
 
-    scripts/interop.py [--binary FILE] [--only WORD] [--json] [--keep DIR]
+    scripts/interop.py [--bin FILE] [--only WORD] [--json] [--keep DIR]
 
     export      directories that bone-onnx writes (BONE, MISS, LORA), loaded by peft: the injected model's outputs
     golden      peft's directories in shared/goldens: imported and exported again, or converted, loaded by peft
@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "interop")]
 
 import environment
+import program
 from fetch import Failure
 
 ROOT = HERE.parent
@@ -36,7 +37,7 @@ def say(line):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--binary", type=Path, default=ROOT / "target" / "release" / "bone-onnx", help="%(default)s")
+    program.add_bin(parser)
     parser.add_argument("--goldens", type=Path, default=ROOT.parent / "shared" / "goldens", help="%(default)s")
     parser.add_argument("--only", default="", metavar="WORD", help="only the checks whose line holds this")
     parser.add_argument(
@@ -50,8 +51,7 @@ def main():
         if args.install_only:
             print(made.root)
             return 0
-        if not os.access(args.binary, os.X_OK):
-            raise Failure(f"no program at {args.binary}: cargo build --release, or say where with --binary")
+        args.bin = program.found(args.bin)
         if args.keep and args.keep.is_dir() and any(args.keep.iterdir()):
             raise Failure(f"{args.keep} is not empty")
         if not (args.goldens / "mlp").is_dir():

@@ -22,6 +22,7 @@ sys.dont_write_bytecode = True
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "interop")]
 import fetch  # noqa: E402
+import program  # noqa: E402
 
 ROOT = HERE.parent
 SHARED = ROOT.parent / "shared" / "models"
@@ -256,16 +257,17 @@ def taken(binary, package, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bone", type=Path, default=ROOT / "target" / "release" / "bone-onnx", help="the binary")
+    program.add_bin(parser)
     parser.add_argument("--only", help="models with this in their name")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--report", action="store_true", help="write docs/MODELS.md")
     args = parser.parse_args()
+    binary = program.found(args.bin)
     say = lambda line: print(f"models: {line}", file=sys.stderr, flush=True)
     chosen = [(package, path) for package, path in models(say) if not args.only or args.only in path.name]
     lines, wrong = [], []
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = pool.map(lambda one: taken(args.bone, *one), chosen)
+        rows = pool.map(lambda one: taken(binary, *one), chosen)
         for (_, path), (row, good) in zip(chosen, rows):
             lines.append("| " + " | ".join(str(row.get(column, "")) for column in COLUMNS) + " |")
             say(lines[-1])

@@ -32,13 +32,14 @@ fi
 step "cargo fmt"
 cargo fmt --check
 step "cargo clippy"
-cargo clippy --release --all-targets -- -D warnings
+cargo clippy --profile ci --all-targets -- -D warnings
 step "cargo test"
-cargo test --release
+cargo test --profile ci
 step "quickstart"
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-cargo run --release -- quickstart -o "$out"
+export BONE_ONNX_BIN=${CARGO_TARGET_DIR:-$PWD/target}/ci/bone-onnx
+"$BONE_ONNX_BIN" quickstart -o "$out"
 
 step "the GPU checks' machinery, on the CPU"
 python3 scripts/gpu_checks.py --cpu --no-write --work "$out/gpu"

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(ROOT / "scripts"))
 import fetch
+import program
 
 CLASSES = ("business", "entertainment", "politics", "sports", "tech")  # a label is the position here
 EMBEDDINGS = "onnx::Shape_422"  # the token embeddings, f32 [batch, seq, 384]; the exporter's name for them
@@ -224,7 +225,7 @@ def get_files(args):
 def main():
     numbers = lambda text: [int(part) for part in text.split(",")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bin", type=Path, default=ROOT / "target/release/bone-onnx", help="the bone-onnx binary")
+    program.add_bin(parser)
     parser.add_argument("--work", type=Path, default=ROOT / "target/bbc", help="where runs are kept (default target/bbc)")
     parser.add_argument("--results", type=Path, help="Markdown file for the table (default RESULTS.md in --work)")
     parser.add_argument("--sizes", type=numbers, default=[100, 1000], help="training sizes (default 100,1000)")
@@ -245,9 +246,7 @@ def main():
     write_splits(texts, args.work, args.sizes, args.seeds)
     if args.only_prepare:
         return 0
-    args.bin = args.bin.absolute()
-    if not args.bin.is_file():
-        sys.exit(f"bbc: no {args.bin}: cargo build --release, or --bin")
+    args.bin = program.found(args.bin)
     results = {}
     for size in args.sizes:
         for seed in args.seeds:

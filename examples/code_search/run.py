@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(ROOT / "scripts"))
 import fetch
+import program
 
 PACKAGES = (
     {"package": "django==5.2.19", "wheel": "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00"},
@@ -157,7 +158,7 @@ def call(command):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bin", type=Path, default=ROOT / "target/release/bone-onnx", help="the bone-onnx binary")
+    program.add_bin(parser)
     parser.add_argument("--work", type=Path, default=ROOT / "target/code_search", help="default target/code_search")
     parser.add_argument("--seeds", type=int, default=3, help="trainings, each with a seed of its own (default 3)")
     parser.add_argument("--on", default="test", choices=("test", "validation"), help="functions to measure on (default test)")
@@ -173,8 +174,7 @@ def main():
         sys.exit(f"code_search: {error}")
     model, tokenizer, library = paths
     os.environ.setdefault("ORT_DYLIB_PATH", str(library))
-    if not args.bin.is_file():
-        sys.exit(f"code_search: no {args.bin}: cargo build --release, or --bin")
+    args.bin = program.found(args.bin)
     python = args.python or environment(work)
     settings = dict(SETTINGS, **dict(pair.split("=", 1) for pair in args.set))
     counts = write_splits(files, work)

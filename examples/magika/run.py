@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(ROOT / "scripts"))
 import fetch
+import program
 
 KINDS = {".py": "python", ".pyi": "python stub", ".js": "javascript", ".po": "gettext"}
 PACKAGES = {
@@ -113,7 +114,7 @@ def call(command):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bin", type=Path, default=ROOT / "target" / "release" / "bone-onnx", help="%(default)s")
+    program.add_bin(parser)
     parser.add_argument("--work", type=Path, default=ROOT / "target" / "magika", help="%(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, with files chosen anew (%(default)s)")
     parser.add_argument("--sizes", default="10,100", help="training files of a kind (%(default)s)")
@@ -123,8 +124,7 @@ def main():
     args = parser.parse_args()
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    if not args.bin.is_file():
-        sys.exit(f"magika: no {args.bin}: cargo build --release, or --bin")
+    args.bin = program.found(args.bin)
     try:
         library, model = fetch.fetch(["onnxruntime", "magika"], lambda line: None if line.endswith("verified") else say(line))
         files = {part: read_files(part, work / "packages") for part in ("train", args.on)}

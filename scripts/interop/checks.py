@@ -27,7 +27,7 @@ class Checks:
 
     def __init__(self, settings, folder):
         self.goldens = Path(settings["goldens"])
-        self.cli = Cli(settings["binary"])
+        self.cli = Cli(settings["bin"])
         self.folder = folder
         self.pefts = start_pefts(settings["goldens"], folder)
 
