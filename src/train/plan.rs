@@ -10,6 +10,7 @@ use super::graph::{LossModel, Parameter};
 use super::prefix::CachePlan;
 use super::update::optimizer::Rule;
 use crate::Result;
+use crate::autodiff::inputs as read_by;
 use crate::onnx::shape::{Dim, Shapes};
 use crate::onnx::{DataType, GraphProto, ModelProto, Tensor};
 
@@ -68,10 +69,11 @@ fn alive(model: &ModelProto, inputs: &[(String, Tensor)], state: u64) -> MemoryP
     let weights = graph.initializer.iter().filter_map(|t| t.raw_data.as_ref()).map(|raw| raw.len() as u64).sum();
     let mut plan = MemoryPlan { engine: ENGINE, weights, state, ..Default::default() };
 
-    // When a value is read for the last time; outputs stay.
+    // When a value is read for the last time, by a node or its subgraphs; outputs stay.
+    let reads: Vec<Vec<String>> = graph.node.iter().map(read_by).collect();
     let mut last: HashMap<&str, usize> = HashMap::new();
-    for (at, node) in graph.node.iter().enumerate() {
-        last.extend(node.input.iter().map(|name| (name.as_str(), at)));
+    for (at, read) in reads.iter().enumerate() {
+        last.extend(read.iter().map(|name| (name.as_str(), at)));
     }
     last.extend(graph.output.iter().map(|o| (o.name(), usize::MAX)));
     let mut dying: HashMap<usize, Vec<&str>> = HashMap::new();
@@ -134,4 +136,44 @@ fn size(shapes: &Shapes, name: &str) -> Option<u64> {
         Dim::Known(d) => n.checked_mul(u64::try_from(*d).ok()?),
         Dim::Symbol(_) => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::onnx::proto::OperatorSetIdProto;
+    use crate::onnx::{AttributeProto, node, value_info};
+
+    #[test]
+    fn what_a_branch_reads_from_outside_is_kept_for_it() {
+        let branch = |op| GraphProto {
+            node: vec![node(op, &["h"], &["r"])],
+            output: vec![value_info("r", DataType::Float, &["100"])],
+            ..Default::default()
+        };
+        let mut choice = node("If", &["c"], &["y"]);
+        choice.attribute = vec![
+            AttributeProto::graph("then_branch", branch("Relu")),
+            AttributeProto::graph("else_branch", branch("Neg")),
+        ];
+        let small = value_info("s", DataType::Float, &[]);
+        let model = ModelProto {
+            opset_import: vec![OperatorSetIdProto { domain: None, version: Some(17) }],
+            graph: Some(GraphProto {
+                node: vec![
+                    node("Tanh", &["x"], &["h"]),
+                    node("Exp", &["x"], &["k"]),
+                    node("ReduceMax", &["k"], &["s"]),
+                    choice,
+                ],
+                input: vec![value_info("x", DataType::Float, &["100"]), value_info("c", DataType::Bool, &[])],
+                output: vec![small, value_info("y", DataType::Float, &["100"])],
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let inputs = [("x".to_string(), Tensor::new(&[100], vec![0f32; 100]))];
+        // The input, h for the branch, k beside it, and the largest of k.
+        assert_eq!(alive(&model, &inputs, 0).activations, 3 * 400 + 4);
+    }
 }
