@@ -79,7 +79,7 @@ pub(super) fn same(whole: &[Step], cached: &[Step], in_halves: bool) -> Result<(
         true => Ok(()),
         false => Err(Error::Check(format!(
             "with what is computed once, loss or gradients of a batch differ by {off:.1e} of their size; padding or the \
-             other rows of a batch change what the frozen part gives for a row"
+             other rows of a batch have an effect in this model (is a mean over tokens taken without a mask?)"
         ))),
     }
 }
