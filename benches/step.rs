@@ -101,7 +101,7 @@ fn prepare() -> Option<Bench> {
     let group = Group { lr: 2e-4, weight_decay: 0.0 };
     let rule = Rule::AdamW { betas: (0.9, 0.999), eps: 1e-8 };
     let optimizer = Optimizer::new(rule, parameters.iter().map(|p| (p.value.len(), group)));
-    let batch = Batch { inputs: inputs.clone(), targets: vec![labels], samples: BATCH };
+    let batch = Batch { inputs: inputs.clone(), targets: vec![labels], samples: BATCH, tokens: None };
     Some(Bench { name, forward, inputs, output: output.into(), step, parameters, batch, optimizer })
 }
 

@@ -41,7 +41,7 @@ pub struct Amount {
 
 impl Amount {
     pub(super) fn of(batches: &[Batch]) -> Self {
-        let amounts = batches.iter().map(|b| Self { samples: b.samples, tokens: b.tokens() });
+        let amounts = batches.iter().map(|b| Self { samples: b.samples, tokens: b.tokens });
         amounts.fold(Self::default(), Self::and)
     }
 

@@ -89,8 +89,9 @@ fn row_14_gradients_only_on_what_trains() {
         let loss = LossModel::new(&model, learners, &parameters, task).expect(what);
         let mut session = loss.gradient(engine(), &LoadOptions { threads: Some(1), optimize: true }).expect(what);
         let inputs = subject.inputs.iter().map(|(n, t)| (n.clone(), t.clone())).collect();
-        let (_, gradients) =
-            session.run(&parameters, &Batch { inputs, samples: goal.dims()[0], targets: vec![goal] }).expect(what);
+        let (_, gradients) = session
+            .run(&parameters, &Batch { inputs, samples: goal.dims()[0], targets: vec![goal], tokens: None })
+            .expect(what);
         assert_eq!(gradients.len(), parameters.len(), "{what}");
         for (parameter, gradient) in parameters.iter().zip(gradients) {
             let values = gradient.to_f64();

@@ -117,6 +117,10 @@ fn a_run_with_the_cache_is_the_run_without_it() {
         let tolerance = if name.contains("fp16") { 5e-3 } else { 1e-5 };
         let close = |a: f64, b: f64| assert!((a - b).abs() <= tolerance * a.abs(), "{name}: {a} and {b}");
         assert_eq!(with.steps.len(), 18);
+        // Tokens count as before, though they are read no more.
+        let per_sample = |s: &train::Summary| s.tokens_per_second.map(|t| (t / s.samples_per_second * 1e6).round());
+        assert!(per_sample(&with).is_some() != name.starts_with("vit"), "{name}");
+        assert_eq!(per_sample(&with), per_sample(&without), "{name}");
         without.steps.iter().zip(&with.steps).for_each(|(a, b)| close(a.loss, b.loss));
         without.evals.iter().zip(&with.evals).for_each(|(a, b)| close(a.eval_loss, b.eval_loss));
         let (a, b) = (learned(&without), learned(&with));

@@ -140,22 +140,30 @@ pub struct Batch {
     pub targets: Vec<Tensor>,
     /// How many samples it holds; each input has a row for each role of each.
     pub samples: usize,
+    /// The tokens that count, of models that read tokens.
+    pub tokens: Option<usize>,
 }
 
-impl Batch {
-    /// How many tokens it holds, where the model reads such (rows of integers, by a name that ends in `_ids`): those that
-    /// its mask counts, or all.
-    pub fn tokens(&self) -> Option<usize> {
-        let is_ids = |name: &str| Part::of(name).map_or(name.ends_with("_ids"), |part| part == Part::Ids);
-        let is_row =
-            |value: &Tensor| value.dims().len() == 2 && matches!(value.data_type(), DataType::Int64 | DataType::Int32);
-        let (_, ids) = self.inputs.iter().find(|(name, value)| is_ids(name) && is_row(value))?;
-        let mask = self.inputs.iter().find(|(name, _)| Part::of(name) == Some(Part::Mask)).map(|(_, mask)| mask);
-        Some(match mask.filter(|mask| mask.dims() == ids.dims()) {
-            Some(mask) => mask.to_f64().iter().filter(|counts| **counts != 0.0).count(),
-            None => ids.len(),
-        })
-    }
+/// Whether an input by this name holds tokens.
+fn is_ids(name: &str) -> bool {
+    Part::of(name).map_or(name.ends_with("_ids"), |part| part == Part::Ids)
+}
+
+fn is_mask(name: &str) -> bool {
+    Part::of(name) == Some(Part::Mask)
+}
+
+/// How many tokens `inputs` hold, where there are rows of integers among them that are such: those that the mask counts,
+/// or all.
+fn tokens(inputs: &[(String, Tensor)]) -> Option<usize> {
+    let is_row =
+        |value: &Tensor| value.dims().len() == 2 && matches!(value.data_type(), DataType::Int64 | DataType::Int32);
+    let (_, ids) = inputs.iter().find(|(name, value)| is_ids(name) && is_row(value))?;
+    let mask = inputs.iter().find(|(name, mask)| is_mask(name) && mask.dims() == ids.dims());
+    Some(match mask {
+        Some((_, mask)) => mask.to_f64().iter().filter(|counts| **counts != 0.0).count(),
+        None => ids.len(),
+    })
 }
 
 impl<'a> Feed<'a> {
@@ -362,14 +370,19 @@ impl<'a> Feed<'a> {
     pub fn batch(&self, rows: &[usize]) -> Result<Batch> {
         let numbers = self.input_numbers(rows);
         let mut inputs = self.inputs(&numbers, |name| self.cache.as_ref().is_none_or(|cache| cache.reads(name)))?;
-        if let Some(cache) = &self.cache {
-            inputs.extend(cache.batch(&numbers)?);
-        }
+        let tokens = match &self.cache {
+            None => tokens(&inputs),
+            // What the tokens were made into is kept, and they are read no more.
+            Some(cache) => {
+                inputs.extend(cache.batch(&numbers)?);
+                tokens(&self.inputs(&numbers, |name| is_ids(name) || is_mask(name))?)
+            }
+        };
         let target = |(field, column): &(Field, &Column)| {
             self.gather(&field.name, column, rows, field.data_type.unwrap_or(column.data_type()))
         };
         let targets = self.targets.iter().map(target).collect::<Result<_>>()?;
-        Ok(Batch { inputs, targets, samples: rows.len() })
+        Ok(Batch { inputs, targets, samples: rows.len(), tokens })
     }
 }
 

@@ -160,7 +160,7 @@ mod tests {
             ];
             assert_eq!(batch.inputs, expected.map(|(name, value)| (name.to_string(), value)));
             assert_eq!(batch.targets, [ids]);
-            assert_eq!(batch.tokens(), Some(12));
+            assert_eq!(batch.tokens, Some(12));
         }
     }
 

@@ -251,7 +251,7 @@ fn texts_become_padded_tokens_and_label_names_ids() {
     assert_eq!(batch.inputs[0].1, Tensor::new(&[2, 4], vec![1i64, 2, 3, 4, 1, 3, 0, 0]));
     assert_eq!(batch.inputs[1].1, Tensor::new(&[2, 4], vec![1i64, 1, 1, 1, 1, 1, 0, 0]));
     assert_eq!(batch.targets[0], Tensor::new(&[2], vec![1i64, 0]));
-    assert_eq!(batch.tokens(), Some(6));
+    assert_eq!(batch.tokens, Some(6));
     // The longest of the batch decides.
     assert_eq!(case.feed(&dataset).unwrap().batch(&[1, 2]).unwrap().inputs[0].1.dims(), [2, 3]);
     assert_eq!(case.feed(&dataset).unwrap().lengths().unwrap(), [4, 2, 3]);
