@@ -16,8 +16,6 @@ mod sizes;
 mod store;
 mod work;
 
-use std::str::FromStr;
-
 use serde::Serialize;
 
 use super::data::{Feed, Field};
@@ -26,6 +24,7 @@ use super::graph::LossModel;
 use super::record::report::size;
 use super::{Progress, TrainOptions};
 use crate::engine::{Device, Engine};
+use crate::words::words;
 use crate::{Error, Result};
 pub(super) use cache::Cache;
 pub(super) use check::Steps;
@@ -44,18 +43,7 @@ pub enum CacheFrozen {
     Off,
 }
 
-impl FromStr for CacheFrozen {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "on" => Ok(Self::On),
-            "off" => Ok(Self::Off),
-            _ => Err(format!("cache-frozen is {text:?}; use auto, on or off")),
-        }
-    }
-}
+words!(CacheFrozen, "cache-frozen" { Auto = "auto", On = "on", Off = "off" });
 
 /// What the cache of a run is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
