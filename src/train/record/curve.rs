@@ -158,7 +158,7 @@ impl Curve {
         if self.series.len() > 1 {
             chart
                 .configure_series_labels()
-                .position(SeriesLabelPosition::UpperRight)
+                .position(self.emptiest_corner(last, low..high))
                 .margin(14)
                 .legend_area_size(34)
                 .background_style(WHITE.mix(0.85))
@@ -167,6 +167,25 @@ impl Curve {
                 .draw()?;
         }
         Ok(())
+    }
+
+    /// The corner for the legend: where the smallest shares of the series' points lie.
+    fn emptiest_corner(&self, last: f64, Range { start: low, end: high }: Range<f64>) -> SeriesLabelPosition {
+        let corners = [
+            (SeriesLabelPosition::UpperRight, true, true),
+            (SeriesLabelPosition::UpperLeft, false, true),
+            (SeriesLabelPosition::LowerRight, true, false),
+            (SeriesLabelPosition::LowerLeft, false, false),
+        ];
+        let beyond = |part: f64, far: bool| if far { part > 0.75 } else { part < 0.25 };
+        let covered = |right: bool, upper: bool| -> f64 {
+            let there = |(x, y): &&(f64, f64)| beyond(x / last, right) && beyond((y - low) / (high - low), upper);
+            let share = |s: &Series| s.points.iter().filter(there).count() as f64 / s.points.len().max(1) as f64;
+            self.series.iter().map(share).sum()
+        };
+        let covered = corners.map(|(corner, right, upper)| (covered(right, upper), corner));
+        let emptiest = covered.into_iter().min_by(|a, b| a.0.total_cmp(&b.0));
+        emptiest.map_or(SeriesLabelPosition::UpperRight, |(_, corner)| corner)
     }
 }
 
@@ -219,6 +238,17 @@ mod tests {
 
     fn step(step: usize, loss: f64) -> StepReport {
         StepReport { step, loss, lr: 0.1, grad_norm: 1.0, seconds: 0.0 }
+    }
+
+    #[test]
+    fn the_legend_keeps_off_the_evaluations() {
+        let falls: Vec<_> = (1..=100).map(|i| step(i, 1.0 / i as f64)).collect();
+        let high = [50, 100].map(|step| EvalReport { step, eval_loss: 1.5, eval_accuracy: None });
+        let corner = |evals: &[EvalReport]| {
+            let loss = curves("y", &falls, evals).remove(0);
+            format!("{:?}", loss.emptiest_corner(100.0, 0.0..1.6))
+        };
+        assert_eq!((corner(&[]), corner(&high)), ("UpperRight".into(), "UpperLeft".into()));
     }
 
     #[test]
