@@ -27,7 +27,10 @@ impl Version {
     }
 }
 
-words!(Version, "set of matching rules (0.16: PEFT up to 0.20; 0.21: from 0.21)" { Peft016 = "0.16", Peft021 = "0.21" });
+words!(Version, "version of the matching rules (0.16: PEFT up to 0.20, 0.21: from 0.21)" {
+    Peft016 = "0.16",
+    Peft021 = "0.21",
+});
 
 /// The answer for one path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -294,7 +297,11 @@ mod tests {
         for word in ["0.16", "0.21"] {
             assert_eq!(word.parse::<Version>().unwrap().to_string(), word);
         }
-        assert!("0.20".parse::<Version>().unwrap_err().contains("0.16 (PEFT up to 0.20)"));
+        let complaint = "0.20".parse::<Version>().unwrap_err();
+        assert!(
+            complaint.contains("0.16: PEFT up to 0.20") && complaint.contains("allowed are 0.16, 0.21"),
+            "{complaint}"
+        );
     }
 
     fn pattern_matches(pattern: &str, path: &str) -> Result<bool> {
