@@ -71,5 +71,8 @@ fn float16_follows_float32_within_its_rounding() {
 fn an_engine_that_lacks_the_operators_says_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
     let error = run(dir.path(), Precision::Bf16, false).unwrap_err();
-    assert!(error.contains("Bf16") && error.contains("--device cuda") && error.contains("--precision f32"), "{error}");
+    assert!(
+        error.contains("precision bf16") && error.contains("--device cuda") && error.contains("--precision f32"),
+        "{error}"
+    );
 }
